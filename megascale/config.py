@@ -1,0 +1,168 @@
+"""YAML to typed, validated config: dotted overrides, errors that name the key, help text, and a dump of what was resolved.
+
+Each part of the package declares its own section as a `Section`; a job's schema is a `Section` of sections. Only this
+file knows how text becomes a config.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
+
+from megascale.errors import ConfigError
+
+
+class Section(BaseModel):
+    """One block of a config. Unknown keys are refused, values are frozen, and every field carries a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(schema: type[S], job: str, path: str | None, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file, apply `dotted.key=value` overrides, and validate the result against `schema`.
+
+    Args:
+        schema: the job's config class.
+        job: the job's name; error messages begin with it.
+        path: the YAML file, or None for defaults and overrides alone.
+        overrides: each `dotted.key=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: missing file, broken YAML, unknown key, or bad value; one line that names it.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(schema, job, tree)
+
+
+def validate(schema: type[S], job: str, tree: dict[str, Any]) -> S:
+    """Build `schema` from a tree of plain values. Raises ConfigError naming the first offending key."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as failure:
+        raise ConfigError(_explain(schema, job, failure)) from None
+
+
+def dump_config(config: Section) -> str:
+    """Return the resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_keys(schema: type[Section]) -> str:
+    """Return one line per key (dotted name, type, default, meaning): the body of a job's `--help`."""
+    return "\n".join(
+        f"  {name:<28} {kind:<30} default {default}\n      {meaning}" for name, kind, default, meaning in _walk(schema)
+    )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot read this config: {reason}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}: not valid YAML{where}: {getattr(failure, 'problem', failure)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this is a {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override}: an override reads dotted.key=value")
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override}: {parent!r} is a value, not a section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override}: the value is not valid YAML; quote it") from None
+
+
+def _explain(schema: type[Section], job: str, failure: ValidationError) -> str:
+    first = failure.errors()[0]
+    keys = [str(key) for key in first["loc"]]
+    where = ".".join([job, *keys])
+    if first["type"] == "extra_forbidden":
+        fields = _section_at(schema, keys[:-1]).model_fields
+        known = [field.alias or name for name, field in fields.items()]
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+        return f"{where}={first['input']}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: required, and not set"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and first["input"] is not None and isinstance(first["input"], dict):
+        return f"{where}: {message}"
+    hint = ""
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choices = [c.strip(" '") for c in str(first.get("ctx", {}).get("expected", "")).replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(first["input"], choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{where}={first['input']!r}: {message}{hint}"
+
+
+def _section_at(schema: type[Section], keys: Sequence[str]) -> type[Section]:
+    for key in keys:
+        if key in schema.model_fields:
+            inner = _inner_section(schema.model_fields[key].annotation)
+            schema = inner if inner is not None else schema
+    return schema
+
+
+def _inner_section(annotation: Any) -> type[Section] | None:
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _walk(
+    schema: type[Section], prefix: str = "", defaults: Section | None = None
+) -> list[tuple[str, str, str, str]]:
+    rows: list[tuple[str, str, str, str]] = []
+    for field_name, field in schema.model_fields.items():
+        name = field.alias or field_name
+        required = field.default is PydanticUndefined and field.default_factory is None
+        value = getattr(defaults, field_name) if defaults is not None else None if required else field.get_default()
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            rows += _walk(inner, f"{prefix}{name}.", value)
+            continue
+        assert field.description, f"{schema.__name__}.{name} has no description; --help needs one"
+        default = "(required)" if required and defaults is None else repr(value)
+        rows.append((prefix + name, _type_name(field.annotation), default, field.description))
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(annotation))
+    if _is_union(annotation):
+        return " | ".join(_type_name(option) for option in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return str(annotation) if typing.get_origin(annotation) else annotation.__name__

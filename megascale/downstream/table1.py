@@ -1,0 +1,285 @@
+"""The paper's Table 1: every task, arm and bitrate, fanned out over Ray, with the paper's figures beside ours.
+
+Every arm gets the same budget and the same grid of learning rates; the rate is chosen on validation, for each task, arm
+and bitrate apart. The job that trains one classifier is handed in, because this file must not import a task.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from pydantic import Field, model_validator
+
+from megascale import storage
+from megascale.config import Section, validate
+from megascale.downstream.protocols import TaskConfig
+from megascale.errors import MegascaleError
+from megascale.log import Progress, say
+from megascale.storage import StorageConfig
+
+ARMS = ("scratch", "ft", "ft_aug")
+BITRATES_KBPS = (1.5, 12.0)
+# accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
+PAPER = {
+    "gtzan": {
+        "scratch": ((69.00, 68.10), (63.00, 60.07)),
+        "ft": ((83.00, 82.50), (79.00, 78.01)),
+        "ft_aug": ((78.00, 78.00), (79.00, 78.91)),
+    },
+    "nsynth": {
+        "scratch": ((28.27, 17.69), (26.03, 14.87)),
+        "ft": ((26.59, 17.47), (27.56, 16.51)),
+        "ft_aug": ((28.91, 18.45), (27.88, 17.61)),
+    },
+    "music_speech": {
+        "scratch": ((84.62, 84.52), (84.62, 84.52)),
+        "ft": ((100.0, 100.0), (100.0, 100.0)),
+        "ft_aug": ((100.0, 100.0), (100.0, 100.0)),
+    },
+}
+
+
+class Table1DataConfig(Section):
+    """Token folders of the labelled corpora."""
+
+    gtzan: str = Field(description="tokens of GTZAN")
+    nsynth: str = Field(description="tokens of NSynth")
+    music_speech: str = Field(description="tokens of GTZAN music/speech")
+
+
+class CheckpointsConfig(Section):
+    """Pretrained encoders."""
+
+    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
+    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
+
+
+class TasksConfig(Section):
+    """How each corpus is split."""
+
+    gtzan: TaskConfig = Field(TaskConfig(label="genre"), description="music genre")
+    nsynth: TaskConfig = Field(
+        TaskConfig(label="instrument_family_str", protocol="official"), description="instrument family"
+    )
+    music_speech: TaskConfig = Field(TaskConfig(label="class"), description="music or speech")
+
+
+class Table1OutputConfig(Section):
+    """Where the table goes."""
+
+    url: str = Field(description="run folder, on a local or shared disk")
+
+
+class CellsConfig(Section):
+    """The budget of every cell."""
+
+    lrs: list[float] = Field([3e-5, 1e-4, 3e-4], min_length=1, description="learning rates tried by every arm")
+    finetune: dict[str, Any] = Field(
+        {}, description="sections train, optim and drop of a finetune config, the same for every cell"
+    )
+    gpus_each: float = Field(0, ge=0, description="GPUs per run; 0 runs on CPUs, one thread a run")
+
+
+class Table1Config(Section):
+    """Everything `launch/table1.py` needs."""
+
+    data: Table1DataConfig = Field(description="token folders")
+    checkpoints: CheckpointsConfig = Field(description="pretrained encoders")
+    output: Table1OutputConfig = Field(description="where the table goes")
+    tasks: TasksConfig = Field(TasksConfig(), description="how each corpus is split")
+    cells: CellsConfig = Field(CellsConfig(), description="the budget of every cell")
+    seeds: list[int] = Field([0], min_length=1, description="one run per seed; splits are drawn from it too")
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> "Table1Config":
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.cells.lrs)) < len(self.cells.lrs):
+            raise ValueError("seeds and cells.lrs must not repeat a value")
+        return self
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """One row group of the table."""
+
+    name: str
+    url: str
+    task: TaskConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One classifier to train."""
+
+    task: LabelledTokens
+    arm: str
+    bitrate_kbps: float
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}-{self.bitrate_kbps:g}kbps-{self.arm}-seed{self.seed}-lr{self.lr:g}"
+
+
+def rows_of(config: Table1Config) -> list[LabelledTokens]:
+    """Return the three tasks of the paper."""
+    names = ("gtzan", "nsynth", "music_speech")
+    return [LabelledTokens(name, getattr(config.data, name), getattr(config.tasks, name)) for name in names]
+
+
+def describe_plan(config: Table1Config) -> str:
+    """Return what the job would do (`--dry-run`); writes nothing."""
+    cells = _cells(rows_of(config), config.seeds, config.cells)
+    return f"{len(cells)} fine-tuning runs ({len(cells) // len(config.cells.lrs)} cells x {len(config.cells.lrs)} rates) -> {config.output.url}"
+
+
+def run(config: Table1Config, schema: type[Any], finetune: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Make the paper's table; finished runs are not repeated.
+
+    Args:
+        config: the job.
+        schema: config class of one fine-tuning run.
+        finetune: trains and scores one classifier: (config, quiet=True) -> result.
+
+    Returns:
+        The table, as `table1.json` holds it.
+    """
+    storage.configure(config.storage)
+    checkpoints = {1.5: config.checkpoints.kbps_1k5, 12.0: config.checkpoints.kbps_12k}
+    return run_cells(rows_of(config), checkpoints, config.cells, config.seeds, config.output.url, schema, finetune)
+
+
+def run_cells(
+    rows: Sequence[LabelledTokens],
+    checkpoints: dict[float, str],
+    budget: CellsConfig,
+    seeds: Sequence[int],
+    output_url: str,
+    schema: type[Any],
+    finetune: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+    """Train every cell of a table of any tasks, choose learning rates, write table1.json and table1.md."""
+    cells = _cells(rows, seeds, budget)
+    trees = [_finetune_tree(cell, checkpoints, budget, output_url) for cell in cells]
+    configs = [validate(schema, "table1.cells.finetune", tree) for tree in trees]
+    results = _fan_out(configs, finetune, budget.gpus_each)
+    table = _choose(rows, list(zip(cells, results, strict=True)))
+    storage.publish_bytes(storage.join(output_url, "table1.json"), json.dumps(table, indent=1).encode())
+    storage.publish_bytes(storage.join(output_url, "table1.md"), to_markdown(table).encode())
+    say(f"{len(cells)} fine-tuning runs -> {storage.join(output_url, 'table1.md')}")
+    return table
+
+
+def _cells(rows: Sequence[LabelledTokens], seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
+    return [Cell(*parts) for parts in itertools.product(rows, ARMS, BITRATES_KBPS, seeds, budget.lrs)]
+
+
+def _finetune_tree(cell: Cell, checkpoints: dict[float, str], budget: CellsConfig, output_url: str) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(budget.finetune))
+    tree.setdefault("optim", {})["lr"] = cell.lr
+    return tree | {
+        "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
+        "task": cell.task.task.model_dump(),
+        "arm": cell.arm,
+        "checkpoint": checkpoints[cell.bitrate_kbps],
+        "output": {"url": storage.join(output_url, "cells", cell.name), "save_model": False},
+        "seed": cell.seed,
+    }
+
+
+def _fan_out(configs: list[Any], finetune: Callable[..., dict[str, Any]], gpus_each: float) -> list[dict[str, Any]]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only tasks
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level="error")
+    task = ray.remote(_one).options(num_cpus=1, num_gpus=gpus_each)
+    waiting = {task.remote(finetune, config): i for i, config in enumerate(configs)}
+    results: list[dict[str, Any]] = [{} for _ in configs]
+    progress = Progress("fine-tuning", len(configs), unit="runs")
+    while waiting:
+        for finished in ray.wait(list(waiting), timeout=1.0)[0]:
+            try:
+                results[waiting.pop(finished)] = ray.get(finished)
+            except ray.exceptions.RayTaskError as failure:
+                if isinstance(failure.cause, MegascaleError):
+                    raise failure.cause from None
+                raise
+        progress.update(len(configs) - len(waiting))
+    progress.close()
+    return results
+
+
+def _one(finetune: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # one core a run: many small runs side by side
+    return finetune(config, quiet=True)
+
+
+def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, Any]]]) -> dict[str, Any]:
+    """Keep, for each task, arm and bitrate, the learning rate that is best on validation over all seeds."""
+    cells, summary = [], []
+    for task, arm, kbps in itertools.product(rows, ARMS, BITRATES_KBPS):
+        group = [(c, r) for c, r in finished if (c.task.name, c.arm, c.bitrate_kbps) == (task.name, arm, kbps)]
+        lrs = sorted({c.lr for c, _ in group})
+
+        def merit(lr: float, group: list[tuple[Cell, dict[str, Any]]] = group) -> tuple[float, float]:
+            mine = [r for c, r in group if c.lr == lr]
+            return float(np.mean([r["valid_accuracy"] for r in mine])), -float(np.mean([r["valid_loss"] for r in mine]))
+
+        lr = max(lrs, key=merit)
+        chosen = [r for c, r in group if c.lr == lr]
+        for result in chosen:
+            cells.append({"task": task.name, **result})
+        low, high = _interval(chosen)
+        summary.append(
+            {
+                "task": task.name,
+                "arm": arm,
+                "bitrate_kbps": kbps,
+                "lr": lr,
+                "lrs_tried": lrs,
+                "seeds": [r["seed"] for r in chosen],
+                "accuracy": float(np.mean([r["accuracy"] for r in chosen])),
+                "accuracy_ci95": [low, high],
+                "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
+                "count": chosen[0]["count"],
+            }
+        )
+    return {"cells": cells, "summary": summary}
+
+
+def _interval(results: list[dict[str, Any]]) -> tuple[float, float]:
+    """95% interval of the accuracy: Student's t over seeds, or Wilson's over the test recordings of a single run."""
+    values = [r["accuracy"] for r in results]
+    if len(values) == 1:
+        count = results[0]["count"]
+        found = scipy.stats.binomtest(round(values[0] * count), count).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def to_markdown(table: dict[str, Any]) -> str:
+    """Return the table in the paper's shape: accuracy and F1 in percent, ours first, the paper's in brackets."""
+    lines = ["| Dataset | Type | Acc. 1.5 | Acc. 12 | F1 1.5 | F1 12 | n |", "|---|---|---|---|---|---|---|"]
+    found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in table["summary"]}
+    for task in dict.fromkeys(s["task"] for s in table["summary"]):
+        for arm in ARMS:
+            two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
+            paper = PAPER.get(task, {}).get(arm)
+            columns = []
+            for metric, place in (("accuracy", 0), ("macro_f1", 1)):
+                for i, cell in enumerate(two):
+                    theirs = f" ({paper[i][place]:.2f})" if paper else ""
+                    columns.append(f"{100 * cell[metric]:.2f}{theirs}")
+            lines.append(f"| {task} | {arm} | {' | '.join(columns)} | {two[0]['count']} |")
+    return "\n".join(lines) + "\n"

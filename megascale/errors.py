@@ -1,0 +1,43 @@
+"""The few errors a user can cause, each with the exit code its job ends with."""
+
+
+class MegascaleError(Exception):
+    """A mistake outside the code: its message is one line that names the file or key; the job exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(MegascaleError):
+    """An unknown key, a bad value, or settings that contradict each other."""
+
+
+class StorageError(MegascaleError):
+    """A URL that cannot be read or written."""
+
+
+class AudioError(MegascaleError):
+    """A recording that cannot become a clip; tokenization quarantines it and goes on."""
+
+
+class TokenError(MegascaleError):
+    """An `.ecdc` stream that is broken or was written by another codec."""
+
+
+class DataError(MegascaleError):
+    """A token folder, or its labels, that cannot be used for what was asked."""
+
+
+class CheckpointError(MegascaleError):
+    """A checkpoint that is incomplete, changed on disk, or does not fit the model."""
+
+
+class QuarantineExceeded(MegascaleError):
+    """The job is finished, but more clips were quarantined than the config allows."""
+
+    exit_code = 3
+
+
+class Stopped(MegascaleError):
+    """SIGTERM came: everything is saved, and the same command goes on from there."""
+
+    exit_code = 75

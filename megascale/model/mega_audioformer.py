@@ -1,0 +1,166 @@
+"""Mega-AudioFormer: a global encoder over frames, a local encoder inside each frame, a linear classifier.
+
+B batch, T frames, Q codebooks, V codebook size, D width of the global encoder, L width of the local encoder,
+S slot width D/Q, M masked tokens per codebook in the batch, P frames that hold a masked token, C classes.
+
+codes_BTQ int64 in 0..V-1; masked_BTQ bool, True = predict (the code there is never looked at); positions_BT int64, each
+frame's place in its clip, with a gap where a chunk was dropped; valid_BT bool, True = a real frame, False = padding.
+
+How the two scales meet (DESIGN choices where the paper leaves them open): a frame's patch embedding concatenates one
+D/Q-wide embedding per codebook, as MegaByte does; going down, slot q of the frame's global output is projected and added
+to the local embedding of token q, which for a masked token is the mask embedding. (paper, section 3 and figure 1a)
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.model.config import ModelConfig
+from megascale.model.layers import NORM_EPS, Block, initialise, rotary
+from megascale.tokens import CODEBOOK_SIZE
+
+
+class MaskedTokenOutput(NamedTuple):
+    """What pretraining needs, per codebook: loss_Q, the mean over clips of each clip's mean cross-entropy (nats) at its
+    masked tokens; correct_Q, how many of them were predicted; count_Q, how many there are."""
+
+    loss_Q: Tensor
+    correct_Q: Tensor
+    count_Q: Tensor
+
+
+class CodeEmbedding(nn.Module):
+    """One table per codebook, and one mask embedding per codebook: codes_BTQ to (B, T, Q, width)."""
+
+    def __init__(self, num_codebooks: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_codebooks * CODEBOOK_SIZE, width)
+        self.mask = nn.Parameter(torch.empty(num_codebooks, width))
+        self.register_buffer("first_row_Q", torch.arange(num_codebooks) * CODEBOOK_SIZE, persistent=False)
+
+    def forward(self, codes_BTQ: Tensor, masked_BTQ: Tensor | None) -> Tensor:
+        embedded = self.table(codes_BTQ + self.first_row_Q)
+        return embedded if masked_BTQ is None else torch.where(masked_BTQ[..., None], self.mask, embedded)
+
+
+class GlobalEncoder(nn.Module):
+    """Frames to contextual vectors: what pretraining is for, and all that fine-tuning keeps."""
+
+    def __init__(self, config: ModelConfig, num_codebooks: int) -> None:
+        super().__init__()
+        if config.width % num_codebooks:
+            raise ValueError(f"model.width={config.width} must be a multiple of the {num_codebooks} codebooks")
+        self.config, self.num_codebooks = config, num_codebooks
+        self.embedding = CodeEmbedding(num_codebooks, config.width // num_codebooks)
+        self.patch_proj = nn.Linear(config.width, config.width, bias=False)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+
+    def forward(
+        self,
+        codes_BTQ: Tensor,
+        masked_BTQ: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Return x_BTD. Without positions, frames count from 0; without valid, every frame is real."""
+        if positions_BT is None:
+            positions_BT = torch.arange(codes_BTQ.shape[1], device=codes_BTQ.device)[None]
+        cos, sin = rotary(positions_BT, self.config.width // self.config.heads, self.config.rope_theta)
+        x_BTD = self.patch_proj(self.embedding(codes_BTQ, masked_BTQ).flatten(2))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cos, sin, valid_BT)
+        return self.norm(x_BTD)
+
+
+class LocalEncoder(nn.Module):
+    """The tokens of one frame, given the frame's global vector; only for pretraining."""
+
+    def __init__(self, config: ModelConfig, num_codebooks: int) -> None:
+        super().__init__()
+        self.config, self.num_codebooks = config, num_codebooks
+        width = config.local_width
+        self.embedding = CodeEmbedding(num_codebooks, width)
+        self.slot_proj = nn.Linear(config.width // num_codebooks, width, bias=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.local_heads, config.local_mlp_width) for _ in range(config.local_layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.heads_QVL = nn.Parameter(torch.empty(num_codebooks, CODEBOOK_SIZE, width))
+
+    def forward(self, x_PD: Tensor, codes_PQ: Tensor, masked_PQ: Tensor) -> Tensor:
+        """Return h_PQL, one vector per token of each frame."""
+        positions_1Q = torch.arange(self.num_codebooks, device=x_PD.device)[None]
+        cos, sin = rotary(positions_1Q, self.config.local_width // self.config.local_heads, self.config.rope_theta)
+        slots_PQS = x_PD.unflatten(-1, (self.num_codebooks, -1))
+        h_PQL = self.embedding(codes_PQ, masked_PQ) + self.slot_proj(slots_PQS)
+        for block in self.blocks:
+            h_PQL = block(h_PQL, cos, sin, None)
+        return self.norm(h_PQL)
+
+
+class MegaAudioFormer(nn.Module):
+    """Both encoders and the masked-token objective."""
+
+    def __init__(self, config: ModelConfig, num_codebooks: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.global_encoder = GlobalEncoder(config, num_codebooks)
+        self.local_encoder = LocalEncoder(config, num_codebooks)
+        initialise(self.global_encoder, config.layers, generator)
+        initialise(self.local_encoder, config.local_layers, generator)
+
+    def forward(
+        self, codes_BTQ: Tensor, masked_BTQ: Tensor, positions_BT: Tensor, valid_BT: Tensor | None = None
+    ) -> MaskedTokenOutput:
+        """Predict the masked tokens. Each clip must hide equally many tokens of every codebook, at least one."""
+        x_BTD = self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT)
+        # frames without a masked token have no loss, and frames don't see each other in the local encoder
+        holds_BT = masked_BTQ.any(dim=-1)
+        clip_P = holds_BT.nonzero()[:, 0]
+        codes_PQ, masked_PQ = codes_BTQ[holds_BT], masked_BTQ[holds_BT]
+        h_PQL = self.local_encoder(x_BTD[holds_BT], codes_PQ, masked_PQ)
+
+        # (q, p) order groups the masked tokens by codebook; equally many of each make one batched product
+        num_codebooks = codes_BTQ.shape[-1]
+        masked_QP = masked_PQ.T
+        h_QML = h_PQL.transpose(0, 1)[masked_QP].unflatten(0, (num_codebooks, -1))
+        target_QM = codes_PQ.T[masked_QP].unflatten(0, (num_codebooks, -1))
+        clip_QM = clip_P.expand(num_codebooks, -1)[masked_QP].unflatten(0, (num_codebooks, -1))
+        logits_QMV = h_QML @ self.local_encoder.heads_QVL.transpose(1, 2)
+
+        loss_QM = F.cross_entropy(logits_QMV.flatten(0, 1).float(), target_QM.flatten(), reduction="none")
+        # clips weigh the same however many tokens they hide, so the gradient of a global batch does not depend on how
+        # it is cut into micro-batches and ranks
+        tokens_B = masked_BTQ[..., 0].sum(dim=1)
+        weight_QM = 1.0 / (tokens_B[clip_QM] * len(tokens_B))
+        loss_Q = (loss_QM.view_as(weight_QM) * weight_QM).sum(dim=1)
+        correct_Q = (logits_QMV.argmax(dim=-1) == target_QM).sum(dim=1)
+        return MaskedTokenOutput(loss_Q, correct_Q, torch.full_like(correct_Q, target_QM.shape[1]))
+
+
+class AudioClassifier(nn.Module):
+    """The global encoder, the mean over frames, one linear layer. (paper, section 3)"""
+
+    def __init__(self, config: ModelConfig, num_codebooks: int, num_classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.global_encoder = GlobalEncoder(config, num_codebooks)
+        self.head = nn.Linear(config.width, num_classes)
+        initialise(self.global_encoder, config.layers, generator)
+        initialise(self.head, 1, generator)
+
+    def forward(
+        self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return logits_BC."""
+        x_BTD = self.global_encoder(codes_BTQ, None, positions_BT, valid_BT)
+        if valid_BT is None:
+            return self.head(x_BTD.mean(dim=1))
+        weight_BT = valid_BT / valid_BT.sum(dim=1, keepdim=True)
+        return self.head(torch.einsum("btd,bt->bd", x_BTD, weight_BT.to(x_BTD.dtype)))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of weights."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,244 @@
+"""One self-contained HTML page per run, its pictures also as PNG files beside it."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from megascale import storage
+from megascale.log import read_metrics, say
+from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ
+
+matplotlib.use("Agg")
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { margin-top: 2.4rem; border-bottom: 1px solid #d8dce2 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .7rem; border-bottom: 1px solid #e4e7eb }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } tr.group td { border-top: 2px solid #9aa4b2 }
+img { max-width: 100%; height: auto } .note { background: #f4f6f8; border-left: 4px solid #9aa4b2; padding: .6rem 1rem }
+small { color: #5a6472 } code { background: #f0f2f4; padding: 0 .25rem }
+"""
+_BLUE, _ORANGE, _GREY = "#2563a8", "#c4661f", "#8a94a3"
+
+
+class Page:
+    """Collects sections and pictures, then writes `report.html` and the PNGs."""
+
+    def __init__(self, title: str, folder: Path) -> None:
+        self._folder = folder
+        self._parts = [f"<h1>{html.escape(title)}</h1>"]
+        self._title = title
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str, note: bool = False) -> None:
+        self._parts.append(f'<p{" class=note" if note else ""}>{html.escape(text)}</p>')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
+        """Add a table; a row whose first cell is not empty begins a group."""
+
+        def cells(tag: str, values: Sequence[str]) -> str:
+            kinds = ["" if i < text_columns else " class=number" for i in range(len(values))]
+            return "".join(f"<{tag}{k}>{html.escape(v)}</{tag}>" for k, v in zip(kinds, values, strict=True))
+
+        body = "".join(f"<tr{' class=group' if row[0] else ''}>{cells('td', row)}</tr>" for row in rows)
+        self._parts.append(f"<table><tr>{cells('th', header)}</tr>{body}</table>")
+
+    def picture(self, name: str, figure: Figure, alt: str) -> None:
+        """Add a figure, and write it as `name`.png."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        storage.publish_bytes(str(self._folder / f"{name}.png"), buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+
+    def write(self) -> Path:
+        path = self._folder / "report.html"
+        head = f"<meta charset=utf-8><title>{html.escape(self._title)}</title><style>{_STYLE}</style>"
+        page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(self._parts)}</body></html>"
+        storage.publish_bytes(str(path), page.encode())
+        return path
+
+
+def write_pretrain_report(run_url: str, result: dict[str, Any]) -> None:
+    """Write the page of a pretraining run: loss curves, and accuracy per codebook beside the unigram baseline."""
+    folder = storage.local_path(run_url)
+    page = Page(f"Pretraining at {result['bitrate_kbps']:g} kbps", folder)
+    add_pretraining(page, [(result, folder)])
+    say(f"report: {page.write()}")
+
+
+def add_pretraining(page: Page, runs: Sequence[tuple[dict[str, Any], Path]]) -> None:
+    """Add loss curves and codebook accuracies of pretraining runs (result.json and folder of each)."""
+    page.picture("loss", _loss_curves(runs), "training and validation loss against steps")
+    validated = [result for result, _ in runs if result["validation"]]
+    if not validated:
+        page.text("Nothing was held out for validation.", note=True)
+        return
+    page.picture("codebooks", _codebook_accuracy(validated), "masked-token accuracy per codebook")
+    for result in validated:
+        found = result["validation"]
+        page.text(
+            f"{result['bitrate_kbps']:g} kbps, held-out clips: codebook 0 is predicted right for "
+            f"{found['valid/acc_q0']:.1%} of the masked tokens; always saying its most frequent code is right for "
+            f"{found['valid/unigram_acc_q0']:.1%}. Loss {found['valid/loss']:.3f} nats, unigram "
+            f"{found['valid/unigram_loss']:.3f}."
+        )
+
+
+def _loss_curves(runs: Sequence[tuple[dict[str, Any], Path]]) -> Figure:
+    figure = Figure(figsize=(5.2 * len(runs), 3.6))
+    for ax, (result, folder) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        rows = read_metrics(folder / "metrics.jsonl")
+        for key, label, style in (
+            ("train/loss", "training", {"color": _BLUE, "alpha": 0.6, "lw": 1}),
+            ("valid/loss", "held out", {"color": _ORANGE, "marker": "o", "ms": 4}),
+            ("valid/unigram_loss", "unigram baseline", {"color": _GREY, "ls": "--"}),
+        ):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=label, **style)
+        ax.set(title=f"{result['bitrate_kbps']:g} kbps", xlabel="step", ylabel="loss (nats, mean over codebooks)")
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _codebook_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(5.2 * len(results), 3.2))
+    for ax, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        found = result["validation"]
+        count = sum(key.startswith("valid/acc_q") for key in found)
+        place = np.arange(count)
+        ours = [100 * found[f"valid/acc_q{q}"] for q in place]
+        baseline = [100 * found[f"valid/unigram_acc_q{q}"] for q in place]
+        ax.bar(place - 0.2, ours, 0.4, color=_BLUE, label="masked-token accuracy")
+        ax.bar(place + 0.2, baseline, 0.4, color=_GREY, label="unigram baseline")
+        ax.set(title=f"{result['bitrate_kbps']:g} kbps", xlabel="codebook", ylabel="% right", xticks=place)
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> None:
+    """Add a Table-1-shaped table: accuracy with its 95% interval and macro-F1 in percent, baselines below each task.
+
+    Args:
+        page: where to.
+        table: as `downstream.table1` makes it.
+        paper: the paper's figures by task and arm, or nothing.
+        baselines: by task and name, results with `accuracy`, `macro_f1` and `count`.
+    """
+    header = ["Dataset", "Type", "Acc. 1.5 kbps", "Acc. 12 kbps", "F1 1.5", "F1 12", "n"]
+    header += ["paper acc. 1.5 / 12"] if paper else []
+    rows: list[list[str]] = []
+    previous = None
+    for summary_15, summary_12 in _pairs(table["summary"]):
+        task = summary_15["task"]
+        if previous is not None and task != previous:
+            rows += _baseline_rows(baselines.get(previous, {}), bool(paper))
+        row = ["" if task == previous else task, summary_15["arm"]]
+        row += [_with_interval(summary_15), _with_interval(summary_12)]
+        row += [f"{100 * s['macro_f1']:.1f}" for s in (summary_15, summary_12)] + [str(summary_15["count"])]
+        theirs = paper.get(task, {}).get(summary_15["arm"])
+        row += [f"{theirs[0][0]:.2f} / {theirs[1][0]:.2f}" if theirs else ""] if paper else []
+        rows.append(row)
+        previous = task
+    rows += _baseline_rows(baselines.get(previous or "", {}), bool(paper))
+    page.table(header, rows, text_columns=2)
+    page.text(
+        "Percent, 95% interval in brackets: Wilson's over the test recordings where there is one seed, Student's t over "
+        "seeds otherwise. Learning rates were chosen on the validation split, for every arm from the same grid."
+    )
+
+
+def _pairs(summary: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    low = [s for s in summary if s["bitrate_kbps"] == 1.5]
+    high = {(s["task"], s["arm"]): s for s in summary if s["bitrate_kbps"] == 12.0}
+    return [(s, high[s["task"], s["arm"]]) for s in low]
+
+
+def _with_interval(cell: dict[str, Any]) -> str:
+    low, high = cell["accuracy_ci95"]
+    return f"{100 * cell['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _baseline_rows(baselines: dict[str, Any], with_paper: bool) -> list[list[str]]:
+    rows = []
+    for name, found in baselines.items():
+        accuracy, f1 = f"{100 * found['accuracy']:.1f}", f"{100 * found['macro_f1']:.1f}"
+        rows.append(["", name, accuracy, accuracy, f1, f1, str(found["count"])] + ([""] if with_paper else []))
+    return rows
+
+
+def add_confusions(page: Page, table: dict[str, Any]) -> None:
+    """Add one picture per task: the confusion matrix of every arm and bitrate (first seed)."""
+    for task in dict.fromkeys(cell["task"] for cell in table["cells"]):
+        cells: dict[tuple[str, float], dict[str, Any]] = {}
+        for cell in table["cells"]:
+            if cell["task"] == task:
+                cells.setdefault((cell["arm"], cell["bitrate_kbps"]), cell)
+        page.picture(f"confusion-{task}", _confusions(task, cells), f"confusion matrices of {task}")
+
+
+def _confusions(task: str, cells: dict[tuple[str, float], dict[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(arm for arm, _ in cells))
+    bitrates = sorted({kbps for _, kbps in cells})
+    figure = Figure(figsize=(4.2 * len(arms), 3.9 * len(bitrates)), layout="constrained")
+    axes = figure.subplots(len(bitrates), len(arms), squeeze=False)
+    for (arm, kbps), cell in cells.items():
+        row, column = bitrates.index(kbps), arms.index(arm)
+        ax = axes[row][column]
+        counts = np.array(cell["confusion"], dtype=float)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[i, j] > 0.6 else "black"
+            ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
+        ax.set_title(f"{task}, {arm}, {kbps:g} kbps: {100 * cell['accuracy']:.0f}%", fontsize=10)
+        places = range(len(cell["classes"]))
+        # outer labels are enough; inner ones would shrink the matrices
+        ax.set_xticks(places, cell["classes"] if row == len(bitrates) - 1 else [""] * len(places), rotation=90, fontsize=7)
+        ax.set_yticks(places, cell["classes"] if column == 0 else [""] * len(places), fontsize=7)
+    for row in range(len(bitrates)):
+        axes[row][0].set_ylabel("truth")
+    for ax in axes[-1]:
+        ax.set_xlabel("predicted")
+    return figure
+
+
+def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Add clips: (title, log-mel spectrogram (M, F), codes_QT), each spectrogram above its tokens."""
+    figure = Figure(figsize=(4.6 * len(clips), 4.6), layout="constrained")
+    axes = figure.subplots(2, len(clips), squeeze=False, height_ratios=[3, 2])
+    for i, (title, spectrogram_MF, codes_QT) in enumerate(clips):
+        seconds = codes_QT.shape[1] / FRAMES_PER_SECOND
+        top_khz = SAMPLE_RATE_HZ / 2000
+        axes[0][i].imshow(spectrogram_MF, origin="lower", aspect="auto", extent=(0, seconds, 0, top_khz), cmap="magma")
+        axes[0][i].set_title(title, fontsize=10)
+        axes[0][i].set_yticks([0, top_khz], ["0", f"{top_khz:g} kHz (mel)"], fontsize=8)
+        axes[1][i].imshow(
+            codes_QT, aspect="auto", extent=(0, seconds, len(codes_QT) - 0.5, -0.5), cmap="nipy_spectral",
+            interpolation="nearest", vmin=0, vmax=1023,
+        )
+        axes[1][i].set_xlabel("seconds")
+    axes[1][0].set_ylabel("codebook")
+    page.picture("clips", figure, "spectrograms and tokens of example clips")
+
+
+def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str, Any]) -> None:
+    """Write the page of a table1 job: the table beside the paper's, and confusion matrices."""
+    folder = storage.local_path(folder_url)
+    page = Page("Table 1", folder)
+    add_table(page, table, paper, {})
+    page.heading("Confusion matrices")
+    add_confusions(page, table)
+    say(f"report: {page.write()}")

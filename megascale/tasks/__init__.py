@@ -1,0 +1,1 @@
+"""What differs between jobs that train: data, loss, first weights."""

@@ -1,0 +1,227 @@
+"""EnCodec 24 kHz: its published weights, or weights calibrated on the corpus; audio to codes.
+
+EnCodec's code and weights are Meta's (arXiv:2210.13438); the weights are licensed CC BY-NC 4.0.
+
+B batch, S samples, Q codebooks, T frames.
+"""
+
+import hashlib
+import importlib
+import io
+import json
+import re
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from megascale import seeding, storage
+from megascale.errors import AudioError, TokenError
+from megascale.tokens import CODEBOOK_SIZE, PUBLISHED_NAME, SAMPLE_RATE_HZ, codec_fingerprint, model_name
+
+PUBLISHED_FILE = "encodec_24khz-d7cc33bc.th"
+CALIBRATE = "calibrate"
+_BANDWIDTHS_KBPS = [1.5, 3.0, 6.0, 12.0, 24.0]
+_KMEANS_FRAMES = 24_000
+_KMEANS_ITERATIONS = 8
+
+
+class Codec:
+    """An EnCodec encoder with its codebooks; `fingerprint` names the meaning of its codes."""
+
+    def __init__(self, model: Any, num_codebooks: int, origin: str, published: bool) -> None:
+        """
+        Args:
+            model: an `encodec.EncodecModel` with its weights.
+            num_codebooks: how many of its codebooks hold something.
+            origin: what the weights are, for people: a file's name, or how they were calibrated.
+            published: whether they are the weights that EnCodec's authors published.
+        """
+        self.model = model.eval()
+        self.num_codebooks = num_codebooks
+        self.origin = origin
+        self.published = published
+        settings = {"model": PUBLISHED_NAME, "sample_rate_hz": SAMPLE_RATE_HZ, "channels": 1, "normalize": False}
+        self.fingerprint = codec_fingerprint(settings, {k: v.numpy() for k, v in self.state().items()})
+        self.name = model_name(self.fingerprint, published)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the weights that decide codes: the encoder, and the codebooks that hold something."""
+        encoder = {f"encoder.{k}": v.contiguous() for k, v in self.model.encoder.state_dict().items()}
+        layers = self.model.quantizer.vq.layers[: self.num_codebooks]
+        return encoder | {f"codebook.{i}": layer.codebook.contiguous() for i, layer in enumerate(layers)}
+
+    @torch.inference_mode()
+    def encode(self, audio_BS: np.ndarray, num_codebooks: int) -> np.ndarray:
+        """Encode clips of one length.
+
+        Args:
+            audio_BS: float32, 24 kHz mono.
+            num_codebooks: stop the quantizer after so many; RVQ is nested, so the first Q never depend on it.
+
+        Returns:
+            codes_BQT, int16 in 0..1023, T = ceil(S / 320).
+        """
+        assert num_codebooks <= self.num_codebooks, "the job's plan checks this"
+        device = next(self.model.encoder.parameters()).device
+        latent_BDT = self.model.encoder(torch.from_numpy(audio_BS).to(device)[:, None])
+        codes_QBT = self.model.quantizer.vq.encode(latent_BDT, n_q=num_codebooks)
+        return codes_QBT.permute(1, 0, 2).to(torch.int16).cpu().numpy()
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors, to be kept beside the shards."""
+        assert not self.published, "published weights are never copied: their licence, and their name, stay with their file"
+        facts = {"num_codebooks": self.num_codebooks, "origin": self.origin}
+        return safetensors.torch.save(self.state(), {"codec": json.dumps(facts | {"fingerprint": self.fingerprint})})
+
+
+def load_codec(url: str) -> Codec:
+    """Load EnCodec's published checkpoint (checked against the hash in its name) or a codec this package saved.
+
+    Raises:
+        TokenError: the file's content does not match its name, or is not a codec.
+        StorageError: no such file.
+    """
+    data = storage.read_bytes(url)
+    return _from_safetensors(data, url) if url.endswith(".safetensors") else _from_checkpoint(data, url)
+
+
+def _from_checkpoint(data: bytes, url: str) -> Codec:
+    name = url.rpartition("/")[2]
+    match = re.fullmatch(r"encodec_24khz-([0-9a-f]{8,64})\.th", name)
+    if match is None:
+        raise TokenError(f"{url}: codec.weights is named like {PUBLISHED_FILE} or ends in .safetensors")
+    actual = hashlib.sha256(data).hexdigest()
+    if not actual.startswith(match[1]):
+        raise TokenError(f"{url}: its sha256 begins with {actual[:8]}, its name says {match[1]}: a damaged download?")
+    model = _new_model()
+    try:
+        model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    except Exception as failure:  # torch.load raises many types for a file that is no checkpoint
+        raise TokenError(f"{url}: not an EnCodec 24 kHz state dict: {str(failure).splitlines()[0]}") from None
+    return Codec(model, len(model.quantizer.vq.layers), name, published=name == PUBLISHED_FILE)
+
+
+def _from_safetensors(data: bytes, url: str) -> Codec:
+    try:
+        state = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts = json.loads(header["__metadata__"]["codec"])
+        model = _new_model()
+        encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+        model.encoder.load_state_dict(encoder)
+        for i in range(facts["num_codebooks"]):
+            _set_codebook(model, i, state[f"codebook.{i}"])
+        codec = Codec(model, facts["num_codebooks"], facts["origin"], published=False)
+    except (KeyError, ValueError, RuntimeError, IndexError, safetensors.SafetensorError) as failure:
+        raise TokenError(f"{url}: not a codec this package saved: {str(failure).splitlines()[0]}") from None
+    if codec.fingerprint != facts["fingerprint"]:
+        raise TokenError(f"{url}: its weights do not match its fingerprint; the file was changed")
+    return codec
+
+
+@torch.inference_mode()
+def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Codec:
+    """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so that
+    its output has zero mean and unit variance on the sample, and residual codebooks fitted there by k-means.
+
+    Its codes carry information about the audio but do not decode to it.
+
+    Args:
+        clips: float32 24 kHz mono, at least 14 s in all; they are joined and cut to pieces of one second.
+        num_codebooks: how many codebooks to fit.
+        seed: fixes the weights and the k-means starts.
+
+    Raises:
+        AudioError: too little audio for 1024 codes.
+    """
+    from sklearn.cluster import KMeans
+
+    audio_S = np.concatenate(clips)
+    pieces = len(audio_S) // SAMPLE_RATE_HZ
+    if pieces * 75 < CODEBOOK_SIZE:
+        raise AudioError(f"codec.weights=calibrate needs at least 14 s of readable audio, the sample holds {pieces} s")
+    audio_BS = audio_S[: pieces * SAMPLE_RATE_HZ].reshape(pieces, SAMPLE_RATE_HZ)
+    # silence has no scale of its own: a constant piece would only dilute the statistics
+    order = seeding.generator(seed, "calibrate").permutation(pieces)
+    audio_BS = audio_BS[order[: _KMEANS_FRAMES // 75]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeding.generator(seed, "codec weights").integers(2**62)))
+        model = _new_model()
+    _standardise(model.encoder, torch.from_numpy(audio_BS[:64])[:, None])
+    latents = [model.encoder(torch.from_numpy(part)[:, None]) for part in np.array_split(audio_BS, len(audio_BS) // 8 + 1)]
+    residual_ND = torch.cat(latents).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
+    for i in range(num_codebooks):
+        state = int(seeding.generator(seed, "codebook", i).integers(2**31))
+        fit = KMeans(CODEBOOK_SIZE, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=state)
+        nearest = fit.fit_predict(residual_ND)
+        _set_codebook(model, i, torch.from_numpy(fit.cluster_centers_.astype(np.float32)))
+        residual_ND = residual_ND - fit.cluster_centers_[nearest]
+    return Codec(model, num_codebooks, f"calibrated on {len(audio_BS)} s, seed {seed}", published=False)
+
+
+def _standardise(encoder: nn.Module, audio_B1S: torch.Tensor) -> None:
+    """Rescale every convolution, in forward order, to zero mean and unit variance per channel on this audio."""
+
+    def rescale(conv: nn.Module, inputs: Any, output_BCT: torch.Tensor) -> torch.Tensor:
+        mean_C = output_BCT.mean(dim=(0, 2))
+        std_C = output_BCT.std(dim=(0, 2)).clamp_min(1e-6)
+        conv.weight_g.div_(std_C[:, None, None])
+        conv.bias.copy_((conv.bias - mean_C) / std_C)
+        return (output_BCT - mean_C[:, None]) / std_C[:, None]  # so that the next layer is measured on the new scale
+
+    hooks = [m.register_forward_hook(rescale) for m in encoder.modules() if isinstance(m, nn.Conv1d)]
+    encoder(audio_B1S)
+    for hook in hooks:
+        hook.remove()
+
+
+def _set_codebook(model: Any, i: int, centers_VD: torch.Tensor) -> None:
+    codebook = model.quantizer.vq.layers[i]._codebook
+    codebook.embed.copy_(centers_VD)
+    codebook.embed_avg.copy_(centers_VD)
+    codebook.cluster_size.fill_(1.0)
+    codebook.inited.fill_(1.0)
+
+
+def _new_model() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # encodec uses the older form of weight norm
+        return _encodec().EncodecModel._get_model(_BANDWIDTHS_KBPS, SAMPLE_RATE_HZ, channels=1, name=PUBLISHED_NAME)
+
+
+def _encodec() -> types.ModuleType:
+    """Import `encodec`, which imports torchaudio for parts that are not used here.
+
+    torchaudio's wheels are CUDA builds that do not load beside a CPU torch. Then a placeholder stands in for the import,
+    and its functions raise the original error; where the real torchaudio loads, it is used.
+    """
+    if "torchaudio" not in sys.modules:
+        try:
+            importlib.import_module("torchaudio")
+        except (OSError, ImportError) as failure:
+            _register_placeholder("torchaudio", failure)
+    return importlib.import_module("encodec")
+
+
+def _register_placeholder(name: str, failure: Exception) -> None:
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError(f"{name} cannot be loaded beside this torch: {failure}") from failure
+
+    def attribute(attribute_name: str) -> Any:
+        if attribute_name.startswith("__"):
+            raise AttributeError(attribute_name)
+        return unavailable
+
+    for module_name in (name, f"{name}.transforms"):
+        module = types.ModuleType(module_name)
+        module.__getattr__ = attribute  # type: ignore[method-assign]
+        sys.modules[module_name] = module
+    sys.modules[name].transforms = sys.modules[f"{name}.transforms"]  # type: ignore[attr-defined]

@@ -1,0 +1,454 @@
+"""The tokenization job: plan the shards, let Ray workers encode them, write the manifest last.
+
+The only file here that imports ray. A worker's unit is one shard with fixed bytes, so a shard may be encoded twice
+(after a crash, or by two drivers) without harm; what is committed is never encoded again.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from megascale import seeding, storage
+from megascale.config import Section
+from megascale.data.index import (
+    MANIFEST,
+    CodecFacts,
+    Manifest,
+    Quarantined,
+    ShardFacts,
+    ShardIndex,
+    index_name,
+    read_manifest,
+)
+from megascale.errors import AudioError, ConfigError, DataError, QuarantineExceeded, StorageError
+from megascale.log import Progress, duration, say
+from megascale.storage import StorageConfig
+from megascale.tokenize import audio
+from megascale.tokenize.codec import CALIBRATE, Codec, calibrate, load_codec
+from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, plan_shards, publish_shard
+from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, codebooks_for
+
+PLAN = "plan.json"
+REPORT = "tokenize_report.json"
+QUARANTINE = "quarantine.jsonl"
+CODEC_FILE = "codec.safetensors"
+_CALIBRATION_SECONDS = 320.0
+# glibc gives large blocks back to the kernel after every convolution, and half of the encoder's time goes to page faults
+_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+
+
+class OutputConfig(Section):
+    """Where the tokens go."""
+
+    url: str = Field(description="token folder to write, local or any storage URL")
+
+
+class CodecConfig(Section):
+    """Which codec, and how many of its codebooks."""
+
+    weights: str = Field(
+        description="path or URL of encodec_24khz-d7cc33bc.th, of a codec.safetensors, or `calibrate` (no download)"
+    )
+    bitrate_kbps: float = Field(12.0, description="0.75 a codebook; every lower bitrate can be read from what is stored")
+    seed: int = Field(0, description="calibrate: fixes the weights and the sample they are fitted on")
+    batch_clips: int = Field(8, ge=1, description="clips of equal length encoded together; part of what fixes the codes")
+
+    @model_validator(mode="after")
+    def _whole_codebooks(self) -> "CodecConfig":
+        try:
+            codebooks_for(self.bitrate_kbps)
+        except Exception as failure:
+            raise ValueError(str(failure)) from None
+        return self
+
+
+class ShardsConfig(Section):
+    """How clips are grouped."""
+
+    clips: int = Field(1000, ge=1, description="clips planned per shard")
+
+
+class WorkersConfig(Section):
+    """Ray workers."""
+
+    count: int | None = Field(None, ge=1, description="number of workers; null takes every CPU (or GPU) of the cluster")
+    gpus_each: float = Field(0, ge=0, description="GPUs per worker; 0 encodes on CPUs, one thread a worker")
+    attempts: int = Field(3, ge=1, description="how often a shard is tried when its worker dies")
+
+
+class QuarantineConfig(Section):
+    """What to do about clips that cannot be tokenised."""
+
+    max_share: float = Field(0.01, ge=0, le=1, description="share of quarantined clips above which the job exits 3")
+
+
+class TokenizeConfig(Section):
+    """Everything `launch/tokenize_audio.py` needs."""
+
+    source: SourceConfig = Field(description="which audio")
+    clips: ClipsConfig = Field(ClipsConfig(), description="how it is cut")
+    codec: CodecConfig = Field(description="which codec")
+    shards: ShardsConfig = Field(ShardsConfig(), description="how clips are grouped")
+    output: OutputConfig = Field(description="where the tokens go")
+    workers: WorkersConfig = Field(WorkersConfig(), description="Ray workers")
+    quarantine: QuarantineConfig = Field(QuarantineConfig(), description="what is allowed to fail")
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the job will do: fixed at its first start, and read back by every later one."""
+
+    shards: list[ShardPlan]
+    unreadable: list[Quarantined]  # recordings whose length cannot be read, so that they cannot be cut
+
+    @property
+    def num_clips(self) -> int:
+        return sum(len(shard.clips) for shard in self.shards)
+
+
+def describe_plan(config: TokenizeConfig) -> str:
+    """Return what the job would do (`--dry-run`); writes nothing."""
+    storage.configure(config.storage)
+    plan, notes = _make_plan(config)
+    hours = sum(clip.duration_seconds or 0.0 for shard in plan.shards for clip in shard.clips) / 3600
+    lines = [f"{plan.num_clips} clips in {len(plan.shards)} shards -> {config.output.url}"]
+    lines += [f"{hours:.2f} hours of audio"] if hours else []
+    lines += [f"{len(plan.unreadable)} recordings cannot be read: {plan.unreadable[0].reason}"] if plan.unreadable else []
+    lines += [f"{count} {what}" for what, count in notes.items() if count]
+    return "\n".join(lines)
+
+
+def run(config: TokenizeConfig) -> Manifest:
+    """Tokenise a corpus; resumes where an earlier run of the same config stopped.
+
+    Returns:
+        The manifest of the finished folder.
+
+    Raises:
+        ConfigError, DataError, StorageError, TokenError: bad input; nothing is committed.
+        QuarantineExceeded: finished, but more clips than `quarantine.max_share` could not be tokenised.
+    """
+    storage.configure(config.storage)
+    url = config.output.url
+    plan = _load_or_make_plan(config)
+    if storage.exists(storage.join(url, MANIFEST)):
+        manifest = read_manifest(url)
+        say(f"{url}: already done: {manifest.num_clips} clips in {len(manifest.shards)} shards")
+        _check_quarantine(config, manifest)
+        return manifest
+    started = time.monotonic()
+    codec = _load_or_make_codec(config, plan)
+    missing = [s for s in plan.shards if not storage.exists(storage.join(url, index_name(s.name)))]
+    if missing:
+        _encode_shards(config, codec, plan, missing)
+    indexes = [_read_committed(url, shard) for shard in plan.shards]
+    manifest = _finish(config, codec, plan, indexes, time.monotonic() - started)
+    _check_quarantine(config, manifest)
+    return manifest
+
+
+def _check_quarantine(config: TokenizeConfig, manifest: Manifest) -> None:
+    total = manifest.num_clips + manifest.num_quarantined
+    if manifest.num_quarantined > config.quarantine.max_share * total:
+        raise QuarantineExceeded(
+            f"{storage.join(config.output.url, QUARANTINE)}: {manifest.num_quarantined} of {total} clips quarantined, "
+            f"quarantine.max_share={config.quarantine.max_share} allows {config.quarantine.max_share * total:.0f}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def _load_or_make_plan(config: TokenizeConfig) -> Plan:
+    where = storage.join(config.output.url, PLAN)
+    fixed = _what_fixes_the_shards(config)
+    if not storage.exists(where):
+        plan, notes = _make_plan(config)
+        for what, count in notes.items():
+            if count:
+                say(f"{count} {what}")
+        data = {"config": fixed, "shards": [asdict(s) for s in plan.shards]}
+        data["unreadable"] = [bad.model_dump() for bad in plan.unreadable]
+        storage.publish_bytes(where, json.dumps(data).encode(), create_only=True)
+    stored = json.loads(storage.read_bytes(where))  # read back: another driver may have been first
+    if stored["config"] != fixed:
+        names = [key for key in fixed if stored["config"].get(key) != fixed[key]]
+        raise ConfigError(
+            f"tokenize.output.url={config.output.url}: holds a job with another {', '.join(names)}; "
+            "choose another folder, or delete this one"
+        )
+    shards = [ShardPlan(s["number"], [Clip(**clip) for clip in s["clips"]]) for s in stored["shards"]]
+    return Plan(shards, [Quarantined(**bad) for bad in stored["unreadable"]])
+
+
+def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={"source", "clips", "codec", "shards"})
+
+
+def _make_plan(config: TokenizeConfig) -> tuple[Plan, dict[str, int]]:
+    if config.codec.weights != CALIBRATE and not storage.exists(config.codec.weights):
+        raise ConfigError(f"tokenize.codec.weights={config.codec.weights}: no such file (or write `calibrate`)")
+    recordings, notes = list_recordings(config.source)
+    clips: list[Clip] = []
+    unreadable: list[Quarantined] = []
+    for recording, length in _with_lengths(recordings, config.clips):
+        if isinstance(length, Exception):
+            key = cut(recording, None, ClipsConfig(seconds=None))[0].key
+            unreadable.append(Quarantined(key=key, url=recording.url, reason=str(length), attempts=1))
+        else:
+            clips += cut(recording, length, config.clips)
+    if not clips:
+        raise DataError(f"{config.source.url}: none of {len(recordings)} recordings can be read: {unreadable[0].reason}")
+    return Plan(plan_shards(clips, config.shards.clips), unreadable), notes
+
+
+def _with_lengths(
+    recordings: list[Recording], config: ClipsConfig
+) -> Iterator[tuple[Recording, float | None | Exception]]:
+    """Pair each recording with its file's length where cutting needs it; headers are read side by side."""
+
+    def probe(recording: Recording) -> float | None | Exception:
+        if config.seconds is None or recording.duration_seconds is not None:
+            return None
+        try:
+            return audio.probe_seconds(recording.url)
+        except (AudioError, StorageError) as failure:
+            return failure
+
+    progress = Progress("reading headers", len(recordings), unit="recordings")
+    with ThreadPoolExecutor(16) as pool:
+        for i, (recording, length) in enumerate(zip(recordings, pool.map(probe, recordings), strict=True), start=1):
+            yield recording, length
+            progress.update(i)
+
+
+# --------------------------------------------------------------------------------------------------------- the codec
+
+
+def _load_or_make_codec(config: TokenizeConfig, plan: Plan) -> Codec:
+    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+    if config.codec.weights != CALIBRATE:
+        codec = load_codec(config.codec.weights)
+    else:
+        where = storage.join(config.output.url, CODEC_FILE)
+        if not storage.exists(where):
+            say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
+            fitted = calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed)
+            storage.publish_bytes(where, fitted.to_bytes(), create_only=True)
+        codec = load_codec(where)  # read back: fitting is not bit-equal on every machine, the stored one counts
+    if num_codebooks > codec.num_codebooks:
+        raise ConfigError(
+            f"tokenize.codec.bitrate_kbps={config.codec.bitrate_kbps}: needs {num_codebooks} codebooks, "
+            f"{config.codec.weights} has {codec.num_codebooks}"
+        )
+    return codec
+
+
+def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
+    clips = [clip for shard in plan.shards for clip in shard.clips]
+    sample: list[np.ndarray] = []
+    seconds = 0.0
+    for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
+        try:
+            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+        except (AudioError, StorageError):
+            continue  # its worker will quarantine it
+        seconds += len(sample[-1]) / SAMPLE_RATE_HZ
+        if seconds >= _CALIBRATION_SECONDS:
+            break
+    if not sample:
+        raise AudioError(f"{config.source.url}: no recording can be read")
+    return sample
+
+
+# ------------------------------------------------------------------------------------------------------- the workers
+
+
+class ShardWorker:
+    """Encodes shards, one after the other; lives in a Ray actor."""
+
+    def __init__(self, config: TokenizeConfig, codec_url: str) -> None:
+        import torch
+
+        storage.configure(config.storage)
+        torch.set_num_threads(1)
+        self._config = config
+        self._codec = load_codec(codec_url)
+        if config.workers.gpus_each > 0:
+            self._codec.model.to("cuda")
+
+    def encode(self, plan: ShardPlan) -> dict[str, float]:
+        """Encode one shard and publish it. Returns seconds spent per stage and counts."""
+        started = time.monotonic()
+        samples, bad = self._read(plan.clips)
+        read = time.monotonic()
+        num_codebooks = codebooks_for(self._config.codec.bitrate_kbps)
+        encoded: dict[str, EncodedClip] = {}
+        for batch in _equal_length_batches(samples, self._config.codec.batch_clips):
+            codes_BQT = self._codec.encode(np.stack([samples[clip] for clip in batch]), num_codebooks)
+            for clip, codes_QT in zip(batch, codes_BQT, strict=True):
+                encoded[plan.clips[clip].key] = EncodedClip(plan.clips[clip], codes_QT, len(samples[clip]))
+        done = time.monotonic()
+        in_order = [encoded[clip.key] for clip in plan.clips if clip.key in encoded]
+        data, index = build_shard(plan, in_order, bad, self._codec.name, self._codec.fingerprint)
+        publish_shard(self._config.output.url, data, index)
+        return {
+            "read_seconds": read - started,
+            "encode_seconds": done - read,
+            "write_seconds": time.monotonic() - done,
+            "audio_seconds": sum(map(len, samples.values())) / SAMPLE_RATE_HZ,
+            "clips": len(encoded),
+            "quarantined": len(bad),
+        }
+
+    def _read(self, clips: list[Clip]) -> tuple[dict[int, np.ndarray], list[Quarantined]]:
+        samples: dict[int, np.ndarray] = {}
+        bad = []
+        for i, clip in enumerate(clips):
+            try:
+                samples[i] = audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds)
+            except (AudioError, StorageError) as failure:
+                bad.append(Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=1))
+        return samples, bad
+
+
+def _equal_length_batches(samples: dict[int, np.ndarray], batch_clips: int) -> list[list[int]]:
+    """Group clips of one length, in order; clips are never padded, because padding changes codes."""
+    by_length: dict[int, list[int]] = {}
+    for clip, audio_S in samples.items():
+        by_length.setdefault(len(audio_S), []).append(clip)
+    return [group[i : i + batch_clips] for group in by_length.values() for i in range(0, len(group), batch_clips)]
+
+
+def _encode_shards(config: TokenizeConfig, codec: Codec, plan: Plan, missing: list[ShardPlan]) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only actors
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level="error")
+    resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
+    each = config.workers.gpus_each if resource == "GPU" else 1
+    available = int(ray.cluster_resources().get(resource, 0) / each)
+    if available < 1:
+        raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
+    count = min(config.workers.count or available, len(missing))
+    codec_url = storage.join(config.output.url, CODEC_FILE)
+    codec_url = codec_url if config.codec.weights == CALIBRATE else config.codec.weights
+    actor = ray.remote(ShardWorker).options(
+        num_cpus=1, num_gpus=config.workers.gpus_each, runtime_env={"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
+    )
+    say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
+    _drive(ray, config, lambda: actor.remote(config, codec_url), count, missing, plan)
+
+
+def _drive(ray: Any, config: TokenizeConfig, start: Any, count: int, missing: list[ShardPlan], plan: Plan) -> None:
+    """Keep every worker busy; replace a worker that dies, and give its shard to another, a bounded number of times."""
+    waiting = list(reversed(missing))
+    tries = {shard.number: 0 for shard in missing}
+    running: dict[Any, tuple[Any, ShardPlan]] = {}
+    total = sum(len(shard.clips) for shard in plan.shards)
+    done = total - sum(len(shard.clips) for shard in missing)
+    progress = Progress("tokenising", total, done, "clips")
+    quarantined, audio_seconds, started = len(plan.unreadable), 0.0, time.monotonic()
+    idle = [start() for _ in range(count)]
+    while waiting or running:
+        while idle and waiting:
+            worker, shard = idle.pop(), waiting.pop()
+            tries[shard.number] += 1
+            running[worker.encode.remote(shard)] = (worker, shard)
+        for result in ray.wait(list(running), timeout=1.0)[0]:
+            worker, shard = running.pop(result)
+            try:
+                stats = ray.get(result)
+            except ray.exceptions.RayActorError as failure:
+                if tries[shard.number] >= config.workers.attempts:
+                    raise DataError(f"{shard.name}: its worker died {tries[shard.number]} times: {failure}") from None
+                say(f"{shard.name}: its worker died; trying again")
+                worker = start()
+                waiting.append(shard)
+            else:
+                done += len(shard.clips)
+                quarantined += int(stats["quarantined"])
+                audio_seconds += stats["audio_seconds"]
+            idle.append(worker)
+        rate = audio_seconds / max(1e-9, time.monotonic() - started)
+        progress.update(done, f"{rate:.1f} hours of audio an hour, {quarantined} quarantined")
+    progress.close(f"{quarantined} quarantined")
+    for worker in idle:
+        ray.kill(worker)
+
+
+# --------------------------------------------------------------------------------------------------------- the finish
+
+
+def _read_committed(url: str, shard: ShardPlan) -> ShardIndex:
+    return ShardIndex.model_validate_json(storage.read_bytes(storage.join(url, index_name(shard.name))))
+
+
+def _finish(
+    config: TokenizeConfig, codec: Codec, plan: Plan, indexes: list[ShardIndex], wall_seconds: float
+) -> Manifest:
+    url = config.output.url
+    for index in indexes:
+        if index.codec != codec.fingerprint:
+            raise DataError(f"{storage.join(url, index.shard)}: committed by another codec than this job's")
+    bad = plan.unreadable + [item for index in indexes for item in index.quarantined]
+    seconds = sum(clip.frames for index in indexes for clip in index.clips) / FRAMES_PER_SECOND
+    num_clips = sum(len(index.clips) for index in indexes)
+    if num_clips == 0:
+        raise DataError(f"{config.source.url}: not one clip could be tokenised: {bad[0].reason}")
+    storage.publish_bytes(
+        storage.join(url, QUARANTINE), "".join(item.model_dump_json() + "\n" for item in bad).encode()
+    )
+    report = {
+        "clips": num_clips,
+        "hours": seconds / 3600,
+        "quarantined": len(bad),
+        "wall_seconds": wall_seconds,
+        "hours_of_audio_per_hour": seconds / max(wall_seconds, 1e-9),
+        "codec": codec.origin,
+    }
+    storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
+    manifest = Manifest(
+        codec=CodecFacts(
+            name=codec.name,
+            fingerprint=codec.fingerprint,
+            origin=codec.origin,
+            num_codebooks=codebooks_for(config.codec.bitrate_kbps),
+        ),
+        source=config.source.model_dump(mode="json"),
+        cut=config.clips.model_dump(mode="json"),
+        environment=_environment(config),
+        shards=[ShardFacts(name=i.shard, clips=len(i.clips), sha256=i.sha256, size=i.size) for i in indexes],
+        num_clips=num_clips,
+        num_quarantined=len(bad),
+        seconds=seconds,
+    )
+    storage.publish_bytes(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1).encode())
+    say(
+        f"{num_clips} clips, {duration(seconds)} of audio, {len(bad)} quarantined -> {url} ({codec.name}); "
+        f"next: python launch/pretrain.py CONFIG data.url={url}"
+    )
+    return manifest
+
+
+def _environment(config: TokenizeConfig) -> dict[str, Any]:
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": "cuda" if config.workers.gpus_each > 0 else "cpu",
+        "batch_clips": config.codec.batch_clips,
+    }

@@ -1,0 +1,1 @@
+"""The training loop; knows no model and no dataset."""

@@ -1,0 +1,97 @@
+"""The training loop: batches in, updates, metrics, validation, checkpoints, a clean stop on SIGTERM.
+
+It knows no model and no dataset: a task hands it batches and a loss function.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from megascale.errors import Stopped
+from megascale.log import MetricLog, Progress
+from megascale.train.engine import Batch, Engine, LossFn, any_rank
+from megascale.train.metrics import Sums
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a task adds to the loop. `steps` counts updates done.
+
+    summarise: sums over all ranks since the last report -> metrics by name.
+    validate: steps -> metrics; called every `validate_every` updates and after the last.
+    save: steps and the newest validation metrics (empty if there are none for this step).
+    note: metrics -> what the progress line says.
+    """
+
+    summarise: Callable[[dict[str, Tensor]], dict[str, float]]
+    validate: Callable[[int], dict[str, float]]
+    save: Callable[[int, dict[str, float]], None]
+    note: Callable[[dict[str, float]], str]
+
+
+def fit(
+    engine: Engine,
+    batches: Iterator[list[Batch]],
+    loss_fn: LossFn,
+    hooks: Hooks,
+    log: MetricLog,
+    title: str,
+    start: int,
+    num_steps: int,
+    log_every: int,
+    validate_every: int,
+    save_every: int,
+) -> None:
+    """Train from update `start` to `num_steps`. `batches` yields this rank's micro-batches, from `start` on.
+
+    Raises:
+        Stopped: SIGTERM came; the state was saved first.
+    """
+    progress = Progress(title, num_steps, start, "steps")
+    sums, since, waited = Sums(), time.monotonic(), 0.0
+    with _StopSignal() as stop:
+        for step in range(start, num_steps):
+            asked = time.monotonic()
+            micro_batches = next(batches)
+            waited += time.monotonic() - asked
+            sums.add(engine.train_step(step, micro_batches, loss_fn))
+            done, last = step + 1, step + 1 == num_steps
+            if done % log_every == 0 or last:
+                metrics = hooks.summarise(sums.take())
+                now = time.monotonic()
+                metrics |= {"train/seconds": now - since, "train/data_wait_share": waited / max(now - since, 1e-9)}
+                since, waited = now, 0.0
+                log.write(done, metrics)
+                progress.update(done, hooks.note(metrics))
+            validated: dict[str, float] = {}
+            if done % validate_every == 0 or last:
+                validated = hooks.validate(done)
+                log.write(done, validated)
+            stopping = any_rank(stop.asked)
+            if done % save_every == 0 or last or stopping:
+                hooks.save(done, validated)
+            if stopping and not last:
+                raise Stopped(f"stopped by SIGTERM after step {done}, saved; run the same command to go on")
+    progress.close()
+
+
+class _StopSignal:
+    """Notes SIGTERM instead of dying of it, so that the current step can end and be saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_StopSignal":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __exit__(self, *exception: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,25 @@
+"""Running sums of what a step reports, averaged over ranks only when they are read."""
+
+import torch
+from torch import Tensor
+
+
+class Sums:
+    """Adds up named tensors; every rank must add the same names."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add tensors to the running sums, without waiting for the device."""
+        for name, value in values.items():
+            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums over all ranks, on the CPU, and start again from nothing."""
+        sums, self._sums = self._sums, {}
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for name in sorted(sums):
+                torch.distributed.all_reduce(sums[name])
+        return {name: value.cpu() for name, value in sums.items()}

@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests; each one is real, small and deterministic."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from megascale.tokenize.codec import Codec, calibrate  # noqa: E402
+from support import tone  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def fitted_codec() -> Codec:
+    """EnCodec's encoder calibrated on 20 s of tones, with 16 codebooks."""
+    clips = [tone(2.0, 24_000, 110 * 1.3**i, seed=i) for i in range(10)]
+    return calibrate(clips, num_codebooks=16, seed=0)

@@ -1,0 +1,84 @@
+"""Small real inputs for tests: audio files, and token folders written by the package's own writers."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from megascale import storage
+from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
+from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
+from megascale.tokenize.sources import Clip
+from megascale.tokens import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, model_name
+
+FINGERPRINT = "ab" * 32
+
+
+def tone(seconds: float, rate_hz: int, pitch_hz: float, seed: int = 0) -> np.ndarray:
+    """A decaying tone in a little noise, float32."""
+    time = np.arange(round(seconds * rate_hz)) / rate_hz
+    noise = np.random.default_rng(seed).standard_normal(len(time))
+    return (0.5 * np.sin(2 * np.pi * pitch_hz * time) * np.exp(-time) + 0.02 * noise).astype(np.float32)
+
+
+def write_tones(folder: Path, count: int, seconds: float = 2.0, rate_hz: int = 22_050) -> list[Path]:
+    """Write `count` tones of two classes, `low/` and `high/`, as 16-bit WAV."""
+    paths = []
+    for i in range(count):
+        name = ("low", "high")[i % 2]
+        path = folder / name / f"{name}-{i:03d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pitch_hz = (150 if i % 2 == 0 else 1500) * (1 + 0.02 * i)
+        soundfile.write(path, tone(seconds, rate_hz, pitch_hz, seed=i), rate_hz, subtype="PCM_16")
+        paths.append(path)
+    return paths
+
+
+def write_token_folder(
+    folder: Path,
+    num_clips: int,
+    num_codebooks: int = 2,
+    frames: int = 75,
+    clips_per_shard: int = 8,
+    fingerprint: str = FINGERPRINT,
+    codes: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Write a committed token folder of two classes and three splits; return each clip's codes_QT in order.
+
+    Codes are random, or `codes` (num_clips, Q, T). Clip i is labelled `class` = low or high by i % 2.
+    """
+    rng = np.random.default_rng(7)
+    clips = [
+        Clip(
+            key=f"clip-{i:04d}",
+            url=f"/nowhere/{i:04d}.wav",
+            source=f"{i:04d}.wav",
+            recording=f"clip-{i:04d}",
+            start_seconds=0.0,
+            duration_seconds=frames / FRAMES_PER_SECOND,
+            labels={"class": ("low", "high")[i % 2]},
+            split=("train", "train", "train", "train", "valid", "valid", "test", "test")[i % 8],
+        )
+        for i in range(num_clips)
+    ]
+    made = codes if codes is not None else rng.integers(0, 1024, (num_clips, num_codebooks, frames))
+    name = model_name(fingerprint, published=False)
+    shards = []
+    for plan in plan_shards(clips, clips_per_shard):
+        first = plan.number * clips_per_shard
+        encoded = [EncodedClip(c, made[first + i], frames * SAMPLES_PER_FRAME) for i, c in enumerate(plan.clips)]
+        data, index = build_shard(plan, encoded, [], name, fingerprint)
+        publish_shard(str(folder), data, index)
+        shards.append(ShardFacts(name=index.shard, clips=len(index.clips), sha256=index.sha256, size=index.size))
+    manifest = Manifest(
+        codec=CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=made.shape[1]),
+        source={"kind": "files", "url": "/nowhere"},
+        cut={"seconds": None},
+        environment={},
+        shards=shards,
+        num_clips=num_clips,
+        num_quarantined=0,
+        seconds=num_clips * frames / FRAMES_PER_SECOND,
+    )
+    storage.publish_bytes(str(folder / MANIFEST), manifest.model_dump_json().encode())
+    return list(made)
