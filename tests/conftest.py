@@ -15,6 +15,6 @@ from support import tone  # noqa: E402
 
 @pytest.fixture(scope="session")
 def fitted_codec() -> Codec:
-    """EnCodec's encoder calibrated on 20 s of tones, with 16 codebooks."""
-    clips = [tone(2.0, 24_000, 110 * 1.3**i, seed=i) for i in range(10)]
+    """EnCodec's encoder calibrated on 30 s of tones, with 16 codebooks."""
+    clips = [tone(2.0, 24_000, 110 * 1.2**i, seed=i) for i in range(15)]
     return calibrate(clips, num_codebooks=16, seed=0)

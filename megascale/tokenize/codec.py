@@ -31,6 +31,9 @@ CALIBRATE = "calibrate"
 _BANDWIDTHS_KBPS = [1.5, 3.0, 6.0, 12.0, 24.0]
 _KMEANS_FRAMES = 24_000
 _KMEANS_ITERATIONS = 8
+_FRAMES_PER_CODE = 4  # with fewer, a codebook memorises the sample and leaves no residual for the next one
+_LEAST_SECONDS = 4
+_UNUSED = 1e3  # coordinates of codes a small sample cannot fill: too far off for any latent
 
 
 class Codec:
@@ -135,21 +138,20 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
     Its codes carry information about the audio but do not decode to it.
 
     Args:
-        clips: float32 24 kHz mono, at least 14 s in all; they are joined and cut to pieces of one second.
+        clips: float32 24 kHz mono, at least 4 s in all, 55 s to fill every code; joined and cut to pieces of one second.
         num_codebooks: how many codebooks to fit.
         seed: fixes the weights and the k-means starts.
 
     Raises:
-        AudioError: too little audio for 1024 codes.
+        AudioError: too little audio.
     """
-    from sklearn.cluster import KMeans
-
     audio_S = np.concatenate(clips)
     pieces = len(audio_S) // SAMPLE_RATE_HZ
-    if pieces * 75 < CODEBOOK_SIZE:
-        raise AudioError(f"codec.weights=calibrate needs at least 14 s of readable audio, the sample holds {pieces} s")
+    if pieces < _LEAST_SECONDS:
+        raise AudioError(
+            f"codec.weights=calibrate needs at least {_LEAST_SECONDS} s of readable audio, the sample holds {pieces} s"
+        )
     audio_BS = audio_S[: pieces * SAMPLE_RATE_HZ].reshape(pieces, SAMPLE_RATE_HZ)
-    # silence has no scale of its own: a constant piece would only dilute the statistics
     order = seeding.generator(seed, "calibrate").permutation(pieces)
     audio_BS = audio_BS[order[: _KMEANS_FRAMES // 75]]
     with torch.random.fork_rng(devices=[]):
@@ -159,11 +161,9 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
     latents = [model.encoder(torch.from_numpy(part)[:, None]) for part in np.array_split(audio_BS, len(audio_BS) // 8 + 1)]
     residual_ND = torch.cat(latents).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
     for i in range(num_codebooks):
-        state = int(seeding.generator(seed, "codebook", i).integers(2**31))
-        fit = KMeans(CODEBOOK_SIZE, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=state)
-        nearest = fit.fit_predict(residual_ND)
-        _set_codebook(model, i, torch.from_numpy(fit.cluster_centers_.astype(np.float32)))
-        residual_ND = residual_ND - fit.cluster_centers_[nearest]
+        centers_VD, nearest_N = _fit_codebook(residual_ND, seeding.generator(seed, "codebook", i))
+        _set_codebook(model, i, torch.from_numpy(centers_VD))
+        residual_ND = residual_ND - centers_VD[nearest_N]
     return Codec(model, num_codebooks, f"calibrated on {len(audio_BS)} s, seed {seed}", published=False)
 
 
@@ -181,6 +181,21 @@ def _standardise(encoder: nn.Module, audio_B1S: torch.Tensor) -> None:
     encoder(audio_B1S)
     for hook in hooks:
         hook.remove()
+
+
+def _fit_codebook(latent_ND: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return k-means centers (V, D) float32 and each latent's center."""
+    from sklearn.cluster import KMeans
+
+    count = min(CODEBOOK_SIZE, len(latent_ND) // _FRAMES_PER_CODE)
+    state = int(rng.integers(2**31))
+    fit = KMeans(count, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it stopped early, or found equal points, as silence makes them
+        nearest_N = fit.fit_predict(latent_ND)
+    centers_VD = np.full((CODEBOOK_SIZE, latent_ND.shape[1]), _UNUSED, dtype=np.float32)
+    centers_VD[:count] = fit.cluster_centers_
+    return centers_VD, nearest_N
 
 
 def _set_codebook(model: Any, i: int, centers_VD: torch.Tensor) -> None:
