@@ -1,4 +1,4 @@
-"""YAML to typed, validated config: dotted overrides, errors that name the key, help text, and a dump of what was resolved.
+"""YAML to typed, validated config: dotted overrides, errors that name the key, help text, a dump of what was resolved.
 
 Each part of the package declares its own section as a `Section`; a job's schema is a `Section` of sections. Only this
 file knows how text becomes a config.
@@ -21,7 +21,9 @@ from megascale.errors import ConfigError
 class Section(BaseModel):
     """One block of a config. Unknown keys are refused, values are frozen, and every field carries a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -41,14 +43,14 @@ def load_config(schema: type[S], job: str, path: str | None, overrides: Sequence
     """
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:
-        _apply_override(tree, override)
+        tree = _with_override(tree, override)
     return validate(schema, job, tree)
 
 
 def validate(schema: type[S], job: str, tree: dict[str, Any]) -> S:
     """Build `schema` from a tree of plain values. Raises ConfigError naming the first offending key."""
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(_fill(schema, tree, {}))
     except ValidationError as failure:
         raise ConfigError(_explain(schema, job, failure)) from None
 
@@ -72,11 +74,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
         reason = failure.strerror if isinstance(failure, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot read this config: {reason}") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as failure:
-        mark = getattr(failure, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}: not valid YAML{where}: {getattr(failure, 'problem', failure)}") from None
+        tree = _parse(text)
+    except ValueError as failure:
+        raise ConfigError(f"{path}: not valid YAML{failure}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -84,20 +84,50 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse(text: str) -> Any:
+    """Read YAML. Raises ValueError, whose message tells in one line where the text is wrong, and how."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as failure:
+        where = f" at line {failure.problem_mark.line + 1}" if failure.problem_mark is not None else ""
+        raise ValueError(f"{where}: {failure.problem}") from None
+    except Exception as failure:  # what its constructors raise comes through: a date that does not exist, `!!int x`
+        raise ValueError(f": {(str(failure) or type(failure).__name__).splitlines()[0]}") from None
+
+
+def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override}: an override reads dotted.key=value")
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{override}: {parent!r} is a value, not a section")
-        tree = child
     try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except ValueError:
         raise ConfigError(f"{override}: the value is not valid YAML; quote it") from None
+    return _replaced(tree, name.split("."), value, override)
+
+
+def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+    """Return a copy with one value replaced; the tree itself may stand at several keys, by a YAML anchor."""
+    key, *rest = keys
+    if rest:
+        child = tree.get(key) or {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override}: {key!r} is a value, not a section")
+        value = _replaced(child, rest, value, override)
+    return {**tree, key: value}
+
+
+def _fill(schema: type[Section], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Put a section's given keys over the defaults its job gives it; a section left empty is all defaults."""
+    tree = {**defaults, **given}
+    for field_name, field in schema.model_fields.items():
+        name = field.alias or field_name
+        inner = _inner_section(field.annotation)
+        if inner is None or name not in given or not isinstance(given[name], dict | None):
+            continue
+        own = field.default.model_dump() if isinstance(field.default, Section) else {}
+        tree[name] = _fill(inner, given[name] or {}, defaults.get(name, own))
+    return tree
 
 
 def _explain(schema: type[Section], job: str, failure: ValidationError) -> str:
@@ -113,11 +143,11 @@ def _explain(schema: type[Section], job: str, failure: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: required, and not set"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and first["input"] is not None and isinstance(first["input"], dict):
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{where}: {message}"
     hint = ""
     if first["type"] == "literal_error" and isinstance(first["input"], str):
-        choices = [c.strip(" '") for c in str(first.get("ctx", {}).get("expected", "")).replace(" or ", ", ").split(",")]
+        choices = [choice.strip(" '") for choice in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
         near = difflib.get_close_matches(first["input"], choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{where}={first['input']!r}: {message}{hint}"
@@ -140,9 +170,7 @@ def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
-def _walk(
-    schema: type[Section], prefix: str = "", defaults: Section | None = None
-) -> list[tuple[str, str, str, str]]:
+def _walk(schema: type[Section], prefix: str = "", defaults: Section | None = None) -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
     for field_name, field in schema.model_fields.items():
         name = field.alias or field_name

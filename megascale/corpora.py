@@ -2,6 +2,8 @@
 
 They let the real readers, codec, pretraining and fine-tuning run with nothing downloaded. They are NOT those datasets:
 every sound is synthesised here, and scores on them say nothing of scores on the real ones.
+
+Array names end in their axes: N samples, K partials, F frames, B frequency bins, S speech segments.
 """
 
 import hashlib
@@ -20,12 +22,12 @@ import numpy as np
 import soundfile
 
 Range = tuple[float, float]
-_CHUNK_CLIPS = 16
-_NOTES_PER_INSTRUMENT = 3
+_CHUNK_CLIPS = 8
+_NOTES_PER_INSTRUMENT = 2
+_NSYNTH_SPLITS = ("train", "valid", "test")
 _TEXTURE_EVERY = 10  # every tenth pretrain clip is environmental noise
 _VELOCITIES = (25, 50, 75, 100, 127)
-_QUALITIES = ("bright", "dark", "distortion", "fast_decay", "long_release", "multiphonic", "nonlinear_env",
-              "percussive", "reverb", "tempo-synced")  # fmt: skip
+_SOURCES = ("acoustic", "electronic", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -53,136 +55,6 @@ class _Clip:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Family:
-    pitch: Range  # MIDI numbers
-    tilt_db: Range  # per octave above the fundamental
-    even: Range  # gain of the even partials
-    attack_seconds: Range
-    decay_per_second: Range
-    upper_decay: Range  # more decay per second for each partial number
-    upper_attack: Range  # longer attack, as a share, for each partial number
-    vibrato_cents: Range
-    tremolo: Range
-    noise_db: Range
-    fm: Range
-    formants_hz: tuple[tuple[float, ...], ...]  # one set is drawn per instrument
-    partials: str
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Instrument:
-    ratios_K: np.ndarray
-    gains_K: np.ndarray
-    attack_seconds_K: np.ndarray
-    decay_per_second_K: np.ndarray
-    release_seconds: float
-    formants_hz: tuple[float, ...]
-    formant_gain: float
-    vibrato_hz: float
-    vibrato_cents: float
-    tremolo: float
-    noise: float
-    fm: float
-    drive: float
-
-
-@dataclass(frozen=True)
-class _Genre:
-    tempo_bpm: Range
-    swing: Range  # steps by which the off-beat eighths come late
-    # one bar of sixteenths each; a digit is the chance, in ninths, that the step sounds
-    kick: str
-    snare: str
-    hat: str
-    bass: str
-    chord: str
-    lead: str
-    hat_seconds: Range
-    chord_steps: Range  # how long a chord sounds
-    intervals: tuple[tuple[int, ...], ...]
-    bass_moves: tuple[int, ...]  # semitones above the root that a bass note may take
-    chord_families: tuple[str, ...]
-    lead_families: tuple[str, ...]
-    levels_db: tuple[float, float, float, float]  # drums, bass, chords, lead
-    drive: Range
-    tilt_db: Range  # per octave, of the whole mix
-
-
-_ANY, _VOWELS = ((),), ((730.0, 1090.0, 2440.0), (270.0, 2290.0, 3010.0), (300.0, 870.0, 2240.0),
-                        (530.0, 1840.0, 2480.0), (570.0, 840.0, 2410.0), (490.0, 1350.0, 1690.0))  # fmt: skip
-_PLAYED, _ALL = ("acoustic", "electronic"), ("acoustic", "electronic", "synthetic")
-_FAMILIES = {
-    "bass": _Family((26, 62), (-13, -6), (0.6, 1), (0.003, 0.02), (0.4, 3), (0.2, 1), (0, 0), (0, 4), (0, 0.05),
-                    (-60, -40), (0, 0.3), _ANY, "stretched", ("electronic", "synthetic")),
-    "brass": _Family((42, 82), (-8, -3), (0.7, 1), (0.02, 0.08), (0, 0.4), (0, 0.05), (0.1, 0.5), (0, 15), (0, 0.1),
-                     (-50, -32), (0, 0), ((1100.0,), (1500.0,), (800.0, 2200.0)), "harmonic", ("acoustic",)),
-    "flute": _Family((52, 92), (-18, -9), (0.4, 1), (0.03, 0.12), (0, 0.4), (0, 0.1), (0, 0.1), (5, 25), (0.03, 0.25),
-                     (-36, -18), (0, 0), _ANY, "harmonic", ("acoustic", "synthetic")),
-    "guitar": _Family((36, 84), (-10, -3), (0.5, 1), (0.002, 0.01), (0.6, 4), (0.1, 0.8), (0, 0), (0, 8), (0, 0.03),
-                      (-55, -35), (0, 0), ((220.0,), (110.0, 420.0), (2500.0,)), "stretched", _PLAYED),
-    "keyboard": _Family((30, 94), (-13, -5), (0.5, 1), (0.002, 0.012), (0.4, 3.5), (0.05, 0.6), (0, 0), (0, 3),
-                        (0, 0.2), (-60, -40), (0, 0.8), _ANY, "stretched", _ALL),
-    "mallet": _Family((42, 96), (-11, -3), (0.6, 1), (0.001, 0.006), (1, 8), (0.2, 2), (0, 0), (0, 2), (0, 0.3),
-                      (-50, -28), (0, 0), _ANY, "bars", ("acoustic", "synthetic")),
-    "organ": _Family((34, 92), (-6, 0), (0.6, 1), (0.004, 0.04), (0, 0.1), (0, 0), (0, 0), (0, 10), (0, 0.25),
-                     (-60, -38), (0, 0.2), _ANY, "drawbars", _PLAYED),
-    "reed": _Family((42, 88), (-10, -3), (0.1, 0.6), (0.015, 0.07), (0, 0.4), (0, 0.1), (0, 0.15), (0, 18), (0, 0.12),
-                    (-46, -26), (0, 0), ((1400.0,), (900.0, 2600.0), ()), "harmonic", ("acoustic",)),
-    "string": _Family((36, 92), (-9, -3), (0.7, 1), (0.05, 0.3), (0, 0.8), (0, 0.1), (0, 0.05), (5, 25), (0, 0.12),
-                      (-44, -26), (0, 0), ((280.0, 1000.0), (450.0, 2800.0), (600.0,)), "harmonic",
-                      ("acoustic", "acoustic", "synthetic")),
-    "synth_lead": _Family((34, 92), (-7, -1), (0.1, 1), (0.002, 0.04), (0, 1), (0, 0.3), (0, 0.1), (0, 30), (0, 0.2),
-                          (-70, -45), (0, 2.5), _ANY, "harmonic", ("synthetic",)),
-    "vocal": _Family((42, 82), (-11, -5), (0.7, 1), (0.03, 0.14), (0, 0.4), (0, 0.05), (0, 0.05), (8, 40), (0, 0.15),
-                     (-48, -28), (0, 0), _VOWELS, "harmonic", ("acoustic", "synthetic")),
-}  # fmt: skip
-
-_MAJOR, _MINOR, _POWER = (0, 4, 7), (0, 3, 7), (0, 7, 12)
-_SEVENTHS = ((0, 4, 7, 11), (0, 3, 7, 10), (0, 4, 10, 14))
-_BACK_BEAT, _EIGHTHS = "....9.......9...", "9.9.9.9.9.9.9.9."
-_GENRES = {
-    "blues": _Genre((70, 125), (0.35, 0.67), "9...2.2.9...2...", "....9......19...", "9.7.9.7.9.7.9.7.",
-                    "9.5.9.5.9.5.9.5.", "9.....3.9.....3.", "4.4.4.4.4.4.4.4.", (0.03, 0.1), (2, 8), ((0, 4, 10), _MAJOR),
-                    (0, 4, 7, 9), ("guitar", "keyboard", "organ"), ("guitar", "reed", "vocal"), (-3, -3, -5, 0),
-                    (0.3, 2.5), (-3, 0.5)),
-    "classical": _Genre((60, 130), (0, 0), "." * 16, "." * 16, "." * 16, "9.......5.......", "9.......6...2...",
-                        "6...6.3.6...6.3.", (0.03, 0.05), (8, 16), (_MAJOR, _MINOR), (0, 0, 7), ("string", "string", "keyboard"),
-                        ("flute", "string", "reed", "keyboard"), (-40, -6, -1, -1), (0.05, 0.3), (-2.5, 0.5)),
-    "country": _Genre((85, 135), (0, 0.3), "9.......9.....1.", "2.2.7.2.2.2.7.2.", "5.5.5.5.5.5.5.5.",
-                      "9.......9.....2.", "2...9...2...9...", "5.3.5.3.5.3.5.3.", (0.02, 0.08), (2, 6), (_MAJOR,), (0, 7),
-                      ("guitar", "guitar", "keyboard"), ("guitar", "string", "vocal"), (-6, -4, -1, 0), (0.1, 1),
-                      (-1.5, 1.5)),
-    "disco": _Genre((105, 132), (0, 0.05), "9...9...9...9...", _BACK_BEAT, "3.9.3.9.3.9.3.9.", "9.7.9.7.9.7.9.7.",
-                    "5.....5...5...5.", "4.4.4.4.4.4.4.4.", (0.05, 0.2), (2, 8), (_MAJOR, _MINOR, (0, 3, 7, 10)), (0, 12),
-                    ("string", "guitar", "keyboard"), ("string", "brass", "vocal"), (1, -2, -4, -3), (0.2, 1.2),
-                    (-1.5, 1.5)),
-    "hiphop": _Genre((72, 108), (0, 0.35), "9..3..5.2.8...1.", "....9.......9..1", "7.7.7.7.7.7.7.73", "8.....4...5.....",
-                     "7.......2.......", "4..34..3..4.4..3", (0.02, 0.1), (4, 12), (_MINOR, (0, 3, 7, 10)), (0, 0, -2),
-                     ("keyboard", "string", "mallet"), ("vocal", "vocal", "synth_lead"), (3, 1, -9, -3), (0.3, 2),
-                     (-3.5, 0)),
-    "jazz": _Genre((90, 185), (0.3, 0.67), "2.....1.2.......", "1.....2...1...2.", "9...9.7.9...9.7.",
-                   "9...9.1.9...9.1.", "3.....4...2...3.", "5.4.5.4.5.4.5.4.", (0.06, 0.3), (2, 8), _SEVENTHS,
-                   (0, 2, 4, 5, 7, 9, 11), ("keyboard", "keyboard", "guitar"), ("reed", "brass", "mallet"), (-7, -1, -4, 0),
-                   (0.05, 0.5), (-3, 0)),
-    "metal": _Genre((110, 190), (0, 0), "9.879.879.879.87", "....9.......9.2.", "9...7...9...7...", "9.7.9.7.9.7.9.7.",
-                    "9.659.659.659.65", "2.2.2.2.2.2.2.2.", (0.08, 0.35), (1, 4), (_POWER, (0, 7), _POWER), (0, 0, 1, 3),
-                    ("guitar",), ("guitar", "vocal"), (0, -3, 2, -3), (2.5, 8), (-1.5, 1.5)),
-    "pop": _Genre((88, 132), (0, 0.2), "9...3.5.9...3...", _BACK_BEAT, "8.8.8.8.8.8.8.8.", "9..5..5.9..5..5.",
-                  "9.......5.......", "5.3.5.3.5.3.5.3.", (0.02, 0.12), (4, 14), (_MAJOR, _MINOR), (0, 0, 7),
-                  ("keyboard", "synth_lead", "guitar"), ("vocal", "vocal", "synth_lead"), (-1, -3, -4, 1), (0.2, 1.5),
-                  (-1, 2)),
-    "reggae": _Genre((65, 98), (0, 0.4), "2.......9.......", "2.......8....2..", "7.5.7.5.7.5.7.5.", "9..5..6....4..6.",
-                     "..9...9...9...9.", "3.2.3.2.3.2.3.2.", (0.02, 0.08), (0.8, 2), (_MINOR, _MAJOR), (0, 0, 7, 3),
-                     ("organ", "guitar", "keyboard"), ("vocal", "brass", "organ"), (-3, 2, -2, -4), (0.1, 0.8),
-                     (-3.5, 0)),
-    "rock": _Genre((95, 155), (0, 0.1), "9.....5.9.2...2.", _BACK_BEAT, _EIGHTHS, "9.8.9.8.9.8.9.8.", "9...4.5.9...4.5.",
-                   "4.3.4.3.4.3.4.3.", (0.04, 0.2), (2, 8), (_POWER, _MAJOR), (0, 0, 0, 7), ("guitar", "guitar", "organ"),
-                   ("guitar", "vocal"), (0, -3, 0, -2), (0.8, 4), (-1.5, 1.5)),
-}  # fmt: skip
-
-
 def write_corpora(
     root: Path, sizes: CorpusSizes, seed: int, num_processes: int, progress: Callable[[int, int], None] | None = None
 ) -> None:
@@ -194,9 +66,9 @@ def write_corpora(
     Args:
         root: folder to write to; made if it is missing.
         sizes: counts, and lengths in seconds.
-        seed: a file's samples depend only on this, its corpus and its name (and its length).
+        seed: a file's samples depend only on this, its corpus, its name and its length.
         num_processes: renderers; 1 renders in this process. More are spawned, so a script needs its `__main__` guard.
-        progress: called with the clips that exist and the clips in all.
+        progress: called with the number of clips that exist and of all clips, at the start and as they are rendered.
 
     Raises:
         ValueError: a size or `num_processes` is not above 0.
@@ -204,26 +76,77 @@ def write_corpora(
     """
     if num_processes < 1 or min(astuple(sizes)) <= 0:
         raise ValueError(f"num_processes and sizes must be above 0: {num_processes}, {sizes}")
-    root = Path(root)
-    clips = [*_pretrain_clips(root, sizes), *_gtzan_clips(root, sizes), *_music_speech_clips(root, sizes)]
-    for split in ("train", "valid", "test"):
-        examples = _nsynth_examples(split, sizes, seed)
-        folder = root / "nsynth" / f"nsynth-{split}"
+    clips = list(_unlisted_clips(Path(root), sizes))
+    for split in _NSYNTH_SPLITS:
+        examples = _nsynth_examples(split, getattr(sizes, f"nsynth_{split}_per_family"), seed)
+        folder = Path(root) / "nsynth" / f"nsynth-{split}"
         clips += [_Clip(folder / "audio" / f"{n}.wav", "nsynth", 16000, sizes.nsynth_seconds) for n in examples]
         index, text = folder / "examples.json", json.dumps(examples, indent=1).encode()
         if not index.exists() or index.read_bytes() != text:
             _write(index, text)
     missing = [clip for clip in clips if not clip.path.exists()]
-    chunks = [missing[i : i + _CHUNK_CLIPS] for i in range(0, len(missing), _CHUNK_CLIPS)]
     done = len(clips) - len(missing)
-    for count in _render_all(chunks, seed, num_processes):
+    report = progress or (lambda done, total: None)
+    report(done, len(clips))
+    for count in _render_all(missing, seed, num_processes):
         done += count
-        if progress is not None:
-            progress(done, len(clips))
+        report(done, len(clips))
 
 
-def _render_all(chunks: list[list[_Clip]], seed: int, num_processes: int) -> Iterator[int]:
-    if num_processes == 1:
+def _unlisted_clips(root: Path, sizes: CorpusSizes) -> Iterator[_Clip]:
+    for i in range(sizes.pretrain_clips):
+        yield _Clip(root / "pretrain" / f"clip-{i:05d}.wav", "pretrain", 22050, sizes.pretrain_seconds)
+    for genre in _GENRES:
+        for i in range(sizes.gtzan_per_genre):
+            path = root / "gtzan" / "genres" / genre / f"{genre}.{i:05d}.wav"
+            yield _Clip(path, "gtzan", 22050, sizes.gtzan_seconds)
+    for name in ("music", "speech"):
+        for i in range(sizes.music_speech_per_class):
+            path = root / "music_speech" / f"{name}_wav" / f"{name}{i:03d}.wav"
+            yield _Clip(path, "music_speech", 22050, sizes.music_speech_seconds)
+
+
+def _nsynth_examples(split: str, per_family: int, seed: int) -> dict[str, dict[str, Any]]:
+    split_id = _NSYNTH_SPLITS.index(split)
+    examples: dict[str, dict[str, Any]] = {}
+    for family_id, (family_name, family) in enumerate(_FAMILIES.items()):
+        if family_name == "synth_lead" and split != "train":
+            continue  # as in NSynth
+        for i in range(per_family):
+            source = family.sources[i // _NOTES_PER_INSTRUMENT % len(family.sources)]
+            number = i // _NOTES_PER_INSTRUMENT * 3 + split_id  # no instrument is in two splits
+            instrument = f"{family_name}_{source}_{number:03d}"
+            rng = _generator(seed, "nsynth note", instrument, i)
+            pitch, velocity = int(rng.integers(*family.pitch)), int(rng.choice(_VELOCITIES))
+            while (note := f"{instrument}-{pitch:03d}-{velocity:03d}") in examples:
+                pitch += 1
+            examples[note] = {
+                "note": (i * 11 + family_id) * 3 + split_id,
+                "note_str": note,
+                "instrument": number * 11 + family_id,
+                "instrument_str": instrument,
+                "pitch": pitch,
+                "velocity": velocity,
+                "sample_rate": 16000,
+                "instrument_family": family_id,
+                "instrument_family_str": family_name,
+                "instrument_source": _SOURCES.index(source),
+                "instrument_source_str": source,
+                "qualities": [0] * 10,
+                "qualities_str": [],
+            }
+    return examples
+
+
+def _generator(seed: int, *ids: int | str) -> np.random.Generator:
+    # megascale.seeding does the same, but its torch import would cost each spawned renderer seconds
+    digest = hashlib.blake2b(repr((seed, "corpora", ids)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+def _render_all(clips: list[_Clip], seed: int, num_processes: int) -> Iterator[int]:
+    chunks = [clips[i : i + _CHUNK_CLIPS] for i in range(0, len(clips), _CHUNK_CLIPS)]
+    if num_processes == 1 or not chunks:
         yield from (_render_chunk(chunk, seed) for chunk in chunks)
         return
     # spawn, because the caller may hold threads (torch, Ray) that a fork would break
@@ -235,84 +158,12 @@ def _render_all(chunks: list[list[_Clip]], seed: int, num_processes: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _pretrain_clips(root: Path, sizes: CorpusSizes) -> Iterator[_Clip]:
-    for i in range(sizes.pretrain_clips):
-        yield _Clip(root / "pretrain" / f"clip-{i:05d}.wav", "pretrain", 22050, sizes.pretrain_seconds)
-
-
-def _gtzan_clips(root: Path, sizes: CorpusSizes) -> Iterator[_Clip]:
-    for genre in _GENRES:
-        for i in range(sizes.gtzan_per_genre):
-            path = root / "gtzan" / "genres" / genre / f"{genre}.{i:05d}.wav"
-            yield _Clip(path, "gtzan", 22050, sizes.gtzan_seconds)
-
-
-def _music_speech_clips(root: Path, sizes: CorpusSizes) -> Iterator[_Clip]:
-    for name in ("music", "speech"):
-        for i in range(sizes.music_speech_per_class):
-            path = root / "music_speech" / f"{name}_wav" / f"{name}{i:03d}.wav"
-            yield _Clip(path, "music_speech", 22050, sizes.music_speech_seconds)
-
-
-def _nsynth_examples(split: str, sizes: CorpusSizes, seed: int) -> dict[str, dict[str, Any]]:
-    # thousands apart, so that no instrument is in two splits
-    first_number = {"train": 0, "valid": 1000, "test": 2000}[split]
-    notes = {
-        "train": sizes.nsynth_train_per_family,
-        "valid": sizes.nsynth_valid_per_family,
-        "test": sizes.nsynth_test_per_family,
-    }[split]
-    examples: dict[str, dict[str, Any]] = {}
-    for family_number, (family_name, family) in enumerate(_FAMILIES.items()):
-        if family_name == "synth_lead" and split != "train":
-            continue  # as in NSynth
-        for i in range(notes):
-            number = first_number + i // _NOTES_PER_INSTRUMENT
-            source = family.sources[number % len(family.sources)]
-            instrument = f"{family_name}_{source}_{number:03d}"
-            rng = _generator(seed, "nsynth note", instrument, i)
-            pitch, velocity = int(rng.integers(*family.pitch)), int(rng.choice(_VELOCITIES))
-            while f"{instrument}-{pitch:03d}-{velocity:03d}" in examples:
-                pitch += 1
-            examples[f"{instrument}-{pitch:03d}-{velocity:03d}"] = {
-                "note": (first_number * 11 + family_number * 1000 + i),
-                "note_str": f"{instrument}-{pitch:03d}-{velocity:03d}",
-                "instrument": first_number * 11 + family_number * 1000 + number,
-                "instrument_str": instrument,
-                "pitch": pitch,
-                "velocity": velocity,
-                "sample_rate": 16000,
-                "instrument_family": family_number,
-                "instrument_family_str": family_name,
-                "instrument_source": _ALL.index(source),
-                "instrument_source_str": source,
-                **_qualities(_nsynth_instrument(instrument, seed)),
-            }
-    return examples
-
-
-def _qualities(instrument: _Instrument) -> dict[str, Any]:
-    tilt_db = 20 * math.log10(instrument.gains_K[1:4].mean() + 1e-3)
-    found = {
-        "bright": tilt_db > -6,
-        "dark": tilt_db < -15,
-        "fast_decay": instrument.decay_per_second_K[0] > 2.5,
-        "long_release": instrument.release_seconds > 0.2,
-        "nonlinear_env": instrument.tremolo > 0.15,
-        "percussive": instrument.attack_seconds_K[0] < 0.004,
-    }
-    names = [name for name in _QUALITIES if found.get(name, False)]
-    return {"qualities": [int(name in names) for name in _QUALITIES], "qualities_str": names}
-
-
-def _nsynth_instrument(name: str, seed: int) -> _Instrument:
-    return _draw_instrument(_generator(seed, "nsynth instrument", name), name.rsplit("_", 2)[0])
-
-
-def _generator(seed: int, *ids: int | str) -> np.random.Generator:
-    # megascale.seeding does the same, but its torch import would cost each spawned renderer seconds
-    digest = hashlib.blake2b(repr((seed, "corpora", ids)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+def _render_chunk(clips: list[_Clip], seed: int) -> int:
+    for clip in clips:
+        file = io.BytesIO()
+        soundfile.write(file, _render(clip, seed), clip.sample_rate_hz, subtype="PCM_16", format="WAV")
+        _write(clip.path, file.getvalue())
+    return len(clips)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -325,35 +176,157 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _render_chunk(clips: list[_Clip], seed: int) -> int:
-    for clip in clips:
-        samples = _render(clip, seed)
-        file = io.BytesIO()
-        soundfile.write(file, samples, clip.sample_rate_hz, subtype="PCM_16", format="WAV")
-        _write(clip.path, file.getvalue())
-    return len(clips)
-
-
 def _render(clip: _Clip, seed: int) -> np.ndarray:
     rng = _generator(seed, clip.corpus, clip.path.name)
     seconds, rate = clip.seconds, clip.sample_rate_hz
     if clip.corpus == "pretrain":
-        number = int(clip.path.stem.removeprefix("clip-"))
-        samples = _pretrain_sound(rng, number, seconds, rate)
+        samples = _pretrain_sound(rng, int(clip.path.stem.removeprefix("clip-")), seconds, rate)
     elif clip.corpus == "gtzan":
         samples = _song(rng, clip.path.name.split(".")[0], seconds, rate)
     elif clip.corpus == "nsynth":
         name, pitch, velocity = clip.path.stem.rsplit("-", 2)
-        instrument = _nsynth_instrument(name, seed)
+        instrument = _draw_instrument(_generator(seed, "nsynth instrument", name), name.rsplit("_", 2)[0])
         samples = _tone(rng, instrument, int(pitch), int(velocity), 0.8 * seconds, seconds, rate)
     elif clip.path.stem.startswith("speech"):
         samples = _speech(rng, seconds, rate)
     else:
-        samples = _song(rng, str(rng.choice(list(_GENRES))), seconds, rate, sung=rng.random() < 0.4)
+        samples = _song(rng, str(rng.choice(list(_GENRES))), seconds, rate, sung=rng.random() < 0.3)
     peak = np.abs(samples).max() or 1.0
     # recordings have a noise floor, and a codec's tokens for digital silence would be one constant
     samples = samples / peak + 10 ** (rng.uniform(-66, -56) / 20) * _noise(rng, len(samples), rate, 40, 6000)
     return samples / np.abs(samples).max() * 10 ** (rng.uniform(-12, -1) / 20)
+
+
+# What the instruments of a family draw their own sound from.
+@dataclass(frozen=True)
+class _Family:
+    pitch: tuple[int, int]  # MIDI numbers
+    tilt_db: Range  # per octave above the fundamental
+    attack_seconds: Range
+    noise_db: Range
+    noise_hz: Range
+    partials: str = "harmonic"
+    even: Range = (0.7, 1)  # gain of the even partials
+    decay_per_second: Range = (0, 0.3)
+    upper_decay: Range = (0, 0.05)  # more decay per second for each partial number
+    upper_attack: Range = (0, 0.05)  # longer attack, as a share, for each partial number
+    vibrato_cents: Range = (0, 4)
+    tremolo: Range = (0, 0.08)
+    fm: Range = (0, 0)
+    drive: Range = (0.05, 0.05)
+    formants_hz: tuple[tuple[float, ...], ...] = ((),)  # an instrument has one of these sets
+    sources: tuple[str, ...] = ("acoustic", "electronic")
+
+
+@dataclass(frozen=True)
+class _Instrument:
+    ratios_K: np.ndarray
+    gains_K: np.ndarray
+    attack_seconds_K: np.ndarray
+    decay_per_second_K: np.ndarray
+    formants_hz: tuple[float, ...]
+    formant_gain: float
+    release_seconds: float
+    vibrato_hz: float
+    vibrato_cents: float
+    tremolo: float
+    noise: float
+    noise_hz: Range
+    fm: float
+    drive: float
+
+
+# What the songs of a genre draw from. `kick` to `lead` are a bar of sixteenths: a digit is the chance, in ninths, that
+# its step sounds.
+@dataclass(frozen=True)
+class _Genre:
+    tempo_bpm: Range
+    kick: str
+    snare: str
+    hat: str
+    bass: str
+    chord: str
+    lead: str
+    chord_steps: Range  # how long a chord sounds
+    intervals: tuple[tuple[int, ...], ...]
+    chord_families: tuple[str, ...]
+    lead_families: tuple[str, ...]
+    levels_db: tuple[float, float, float, float]  # drums, bass, chords, lead
+    drive: Range
+    tilt_db: Range  # per octave, of the whole mix
+    swing: Range = (0, 0.1)  # steps by which the off-beat eighths come late
+    hat_seconds: Range = (0.02, 0.1)
+    bass_family: str = "bass"
+    bass_steps: Range = (1.5, 4)
+    bass_moves: tuple[int, ...] = (0, 0, 7)  # semitones above the root
+
+
+_VOWELS_HZ = ((730.0, 1090.0, 2440.0), (270.0, 2290.0, 3010.0), (300.0, 870.0, 2240.0), (530.0, 1840.0, 2480.0),
+              (570.0, 840.0, 2410.0), (490.0, 1350.0, 1690.0))  # fmt: skip
+_FAMILIES = {
+    "bass": _Family((24, 55), (-12, -6), (0.003, 0.02), (-55, -40), (50, 800), "stretched", fm=(0, 0.3),
+                    drive=(0.05, 2), decay_per_second=(0.4, 2.5), upper_decay=(0.2, 1),
+                    sources=("electronic", "synthetic")),
+    "brass": _Family((42, 74), (-5, -2), (0.03, 0.09), (-55, -42), (400, 2500), upper_attack=(0.2, 0.6),
+                     formants_hz=((1100.0,), (1400.0,)), vibrato_cents=(0, 12), sources=("acoustic",)),
+    "flute": _Family((60, 90), (-18, -10), (0.04, 0.12), (-28, -17), (700, 5000), even=(0.3, 0.9), tremolo=(0.05, 0.25),
+                     vibrato_cents=(5, 25), sources=("acoustic", "synthetic")),
+    "guitar": _Family((40, 78), (-8, -2), (0.002, 0.01), (-45, -28), (1500, 5000), "stretched", even=(0.5, 1),
+                      decay_per_second=(0.8, 4), upper_decay=(0.1, 0.6), drive=(0.05, 1.5),
+                      formants_hz=((110.0, 420.0), (220.0, 2500.0))),
+    "keyboard": _Family((42, 94), (-15, -9), (0.002, 0.012), (-60, -45), (100, 1500), "stretched", sources=_SOURCES,
+                        decay_per_second=(0.4, 2), upper_decay=(0.02, 0.3), tremolo=(0, 0.2), fm=(0, 0.8)),
+    "mallet": _Family((46, 94), (-10, -2), (0.001, 0.005), (-40, -22), (1000, 6000), "bars", decay_per_second=(2, 8),
+                      upper_decay=(0.5, 3), tremolo=(0, 0.3), sources=("acoustic", "synthetic")),
+    "organ": _Family((38, 82), (-1, 2), (0.004, 0.03), (-50, -38), (60, 500), "drawbars", tremolo=(0.08, 0.35),
+                     vibrato_cents=(0, 8), drive=(0.05, 1.5)),
+    "reed": _Family((48, 80), (-8, -3), (0.015, 0.06), (-38, -26), (1800, 6000), even=(0.02, 0.35),
+                    formants_hz=((1600.0, 3000.0), (2000.0,)), vibrato_cents=(0, 15), sources=("acoustic",)),
+    "string": _Family((42, 84), (-5, -1), (0.15, 0.4), (-30, -20), (4000, 9000), vibrato_cents=(8, 30),
+                      tremolo=(0.02, 0.15), formants_hz=((280.0, 1000.0), (450.0, 2800.0)),
+                      sources=("acoustic", "acoustic", "synthetic")),
+    "synth_lead": _Family((40, 84), (-3, 1), (0.002, 0.03), (-70, -55), (500, 5000), even=(0, 1), upper_decay=(0, 0.2),
+                          fm=(0, 3), drive=(0.5, 4), vibrato_cents=(0, 30), sources=("synthetic",)),
+    "vocal": _Family((46, 76), (-9, -6), (0.03, 0.12), (-55, -42), (500, 8000), vibrato_cents=(20, 60),
+                     tremolo=(0.05, 0.2), formants_hz=_VOWELS_HZ, sources=("acoustic", "synthetic")),
+}  # fmt: skip
+
+_MAJOR, _MINOR, _POWER, _REST = (0, 4, 7), (0, 3, 7), (0, 7, 12), "." * 16
+_BACK_BEAT, _EIGHTHS, _SPARSE = "....9.......9...", "9.8.9.8.9.8.9.8.", "4.4.4.4.4.4.4.4."
+_GENRES = {
+    "blues": _Genre((70, 120), "9...2.2.9...2...", _BACK_BEAT, "9.7.9.7.9.7.9.7.", "9.6.9.6.9.6.9.6.",
+                    "9.....4.9.....4.", _SPARSE, (2, 6), ((0, 4, 10), _MAJOR), ("guitar", "organ"), ("guitar", "reed"),
+                    (-4, -1, -4, 1), (1, 2.5), (-2.5, -0.5), swing=(0.35, 0.67), bass_moves=(0, 4, 7, 9)),
+    "classical": _Genre((60, 130), _REST, _REST, _REST, "9.......5.......", "9.......6...2...", "6...6.3.6...6.3.",
+                        (5, 10), (_MAJOR, _MINOR), ("string", "string", "keyboard"), ("flute", "string", "reed"),
+                        (-40, -8, 0, 0), (0.05, 0.3), (-3.5, -0.5), bass_family="string", bass_steps=(5, 10)),
+    "country": _Genre((85, 135), "9.......9.....1.", "3.3.8.3.3.3.8.3.", "5.5.5.5.5.5.5.5.", "9.......9.....2.",
+                      "2...9...2...9...", "6.4.6.4.6.4.6.4.", (2, 5), (_MAJOR,), ("guitar",),
+                      ("guitar", "guitar", "string"), (-8, -3, 1, 0), (0.1, 0.8), (-0.5, 2), bass_moves=(0, 7)),
+    "disco": _Genre((105, 132), "9...9...9...9...", _BACK_BEAT, "3.9.3.9.3.9.3.9.", "9.7.9.7.9.7.9.7.",
+                    "5.....5...5...5.", _SPARSE, (3, 8), (_MAJOR, _MINOR, (0, 3, 7, 10)), ("string", "keyboard"),
+                    ("string", "brass"), (3, -2, -4, -4), (0.2, 1.2), (0.5, 2.5), hat_seconds=(0.08, 0.2),
+                    bass_moves=(0, 12)),
+    "hiphop": _Genre((72, 108), "9..3..5.2.8...1.", "....9.......9..1", "7.7.7.7.7.7.7.73", "8.....4...5.....",
+                     "7.......2.......", "4..34..3..4.4..3", (3, 8), (_MINOR, (0, 3, 7, 10)), ("keyboard", "mallet"),
+                     ("vocal", "vocal", "synth_lead"), (5, 2, -9, -3), (0.5, 2.5), (-3.5, -0.5), swing=(0, 0.35)),
+    "jazz": _Genre((90, 180), "2.....1.2.......", "1.....2...1...2.", "9...9.7.9...9.7.", "9...9.1.9...9.1.",
+                   "3.....4...2...3.", "5.4.5.4.5.4.5.4.", (2, 6), ((0, 4, 7, 11), (0, 3, 7, 10), (0, 4, 10, 14)),
+                   ("keyboard",), ("reed", "brass"), (-7, 1, -4, 0), (0.05, 0.4), (-2.5, 0), swing=(0.3, 0.67),
+                   hat_seconds=(0.15, 0.4), bass_moves=(0, 2, 4, 5, 7, 9, 11)),
+    "metal": _Genre((110, 190), "9.879.879.879.87", "....9.......9.2.", "9...7...9...7...", _EIGHTHS,
+                    "9.659.659.659.65", "2.2.2.2.2.2.2.2.", (1, 4), (_POWER, (0, 7)), ("guitar",), ("guitar", "vocal"),
+                    (0, -3, 2, -3), (4, 10), (-0.5, 2), hat_seconds=(0.1, 0.35), bass_moves=(0, 0, 1, 3)),
+    "pop": _Genre((88, 132), "9...3.5.9...3...", _BACK_BEAT, "8.8.8.8.8.8.8.8.", "9..5..5.9..5..5.", "9.......5.......",
+                  "6.4.6.4.6.4.6.4.", (4, 10), (_MAJOR, _MINOR), ("keyboard", "synth_lead"), ("vocal",),
+                  (-1, -4, -4, 3), (0.2, 1.5), (1.5, 3.5), swing=(0, 0.2)),
+    "reggae": _Genre((65, 98), "2.......9.......", "2.......8....2..", "7.5.7.5.7.5.7.5.", "9..5..6....4..6.",
+                     "..9...9...9...9.", "3.2.3.2.3.2.3.2.", (0.8, 2), (_MINOR, _MAJOR), ("organ", "organ", "guitar"),
+                     ("vocal", "brass"), (-5, 3, 0, -5), (0.1, 0.8), (-4, -1), swing=(0, 0.4), bass_moves=(0, 0, 7, 3)),
+    "rock": _Genre((95, 155), "9.....5.9.2...2.", _BACK_BEAT, _EIGHTHS, _EIGHTHS, "9...4.5.9...4.5.",
+                   "4.3.4.3.4.3.4.3.", (2, 8), (_POWER, _MAJOR), ("guitar", "guitar", "organ"), ("guitar", "vocal"),
+                   (3, -3, 0, -3), (0.8, 2.5), (-2, 0.5), hat_seconds=(0.04, 0.15)),
+}  # fmt: skip
 
 
 def _pretrain_sound(rng: np.random.Generator, number: int, seconds: float, rate: int) -> np.ndarray:
@@ -381,117 +354,110 @@ def _draw_instrument(rng: np.random.Generator, name: str) -> _Instrument:
         "harmonic": number_K,
         "stretched": number_K * np.sqrt(1 + 10 ** rng.uniform(-5, -3.2) * number_K**2),
         "bars": np.cumsum(np.append(1.0, rng.uniform(0.7, 3.5, 9))),
-        "drawbars": np.array([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]),
+        "drawbars": np.array([1.0, 0.5, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]),
     }[family.partials]
     number_K = number_K[: len(ratios_K)]
     gains_K = 10 ** (rng.uniform(*family.tilt_db) / 20 * np.log2(np.maximum(ratios_K, 1)))
-    gains_K *= np.where(number_K % 2 == 0, rng.uniform(*family.even), 1.0) * 10 ** (rng.normal(0, 2.5, len(ratios_K)) / 20)
+    gains_K *= 10 ** (rng.normal(0, 1.5, len(ratios_K)) / 20)
     if family.partials == "drawbars":
-        gains_K *= rng.integers(0, 9, len(ratios_K)) / 8 * (number_K != 2) + (number_K == 2)
+        gains_K[1:] *= rng.integers(1, 9, len(ratios_K) - 1) / 8
+    else:
+        gains_K[1::2] *= rng.uniform(*family.even)
     formants = family.formants_hz[rng.integers(len(family.formants_hz))]
     return _Instrument(
         ratios_K=ratios_K,
         gains_K=gains_K,
         attack_seconds_K=rng.uniform(*family.attack_seconds) * (1 + rng.uniform(*family.upper_attack) * (number_K - 1)),
         decay_per_second_K=rng.uniform(*family.decay_per_second) + rng.uniform(*family.upper_decay) * (number_K - 1),
+        formants_hz=tuple(hz * rng.uniform(0.9, 1.12) for hz in formants),
+        formant_gain=rng.uniform(10, 25) if len(formants) == 3 else rng.uniform(2.5, 6),
         release_seconds=rng.uniform(0.04, 0.3),
-        formants_hz=tuple(hz * rng.uniform(0.85, 1.2) for hz in formants),
-        formant_gain=rng.uniform(1.5, 6) * (3 if name == "vocal" else 1),
         vibrato_hz=rng.uniform(4, 7),
         vibrato_cents=rng.uniform(*family.vibrato_cents),
         tremolo=rng.uniform(*family.tremolo),
         noise=10 ** (rng.uniform(*family.noise_db) / 20),
+        noise_hz=(family.noise_hz[0] * rng.uniform(0.7, 1.4), family.noise_hz[1] * rng.uniform(0.7, 1.3)),
         fm=rng.uniform(*family.fm),
-        drive=rng.uniform(0.05, 2) if name in ("synth_lead", "guitar", "bass", "organ") else 0.05,
+        drive=rng.uniform(*family.drive),
     )
 
 
 def _tone(
-    rng: np.random.Generator,
-    instrument: _Instrument,
-    pitch: int,
-    velocity: int,
-    held_seconds: float,
-    seconds: float,
-    rate: int,
-    most_partials: int = 24,
+    rng: np.random.Generator, instrument: _Instrument, pitch: int, velocity: int, held: float, seconds: float, rate: int
 ) -> np.ndarray:
     f0_hz = 440 * 2 ** ((pitch - 69) / 12)
-    heard = instrument.ratios_K[:most_partials] * f0_hz < 0.45 * rate
-    keep = slice(0, max(1, int(heard.sum())))
-    ratios_K = instrument.ratios_K[keep]
-    # harder notes are brighter
-    gains_K = instrument.gains_K[keep] * np.maximum(ratios_K, 1) ** (1.2 * (velocity / 127 - 0.8))
-    body_K = np.ones(len(ratios_K))
-    for hz in instrument.formants_hz:
-        body_K += instrument.formant_gain / (1 + ((ratios_K * f0_hz - hz) / (60 + 0.08 * hz)) ** 2)
-    t_N = np.arange(round(seconds * rate)) / rate
-    wobble_N = np.sin(2 * np.pi * (instrument.vibrato_hz * t_N + rng.random()))
-    cents_N = instrument.vibrato_cents * wobble_N * np.minimum(1, t_N / 0.25) + rng.normal(0, 4)
-    cycles_N = np.cumsum(f0_hz * 2 ** (cents_N / 1200)) / rate
+    ratios_K, gains_K = instrument.ratios_K, instrument.gains_K.copy()
+    gains_K *= np.maximum(ratios_K, 1) ** (0.7 * velocity / 127 - 0.5)  # harder notes are brighter
+    gains_K *= 1 + instrument.formant_gain * sum(
+        1 / (1 + ((ratios_K * f0_hz - hz) / (60 + 0.08 * hz)) ** 2) for hz in instrument.formants_hz
+    )
+    gains_K[ratios_K * f0_hz > 0.45 * rate] = 0
+    # float32, because its sine and exponential are many times faster; only running phases need more
+    t_N = (np.arange(round(seconds * rate)) / rate).astype(np.float32)
+    wobble_N = np.sin(np.float32(2 * np.pi * instrument.vibrato_hz) * t_N + np.float32(2 * np.pi * rng.random()))
+    cents_N = instrument.vibrato_cents * wobble_N * np.minimum(1, 4 * t_N) + rng.normal(0, 4)
+    cycles_N = np.cumsum(f0_hz / rate * np.exp(math.log(2) / 1200 * cents_N), dtype=np.float64)
     if instrument.fm > 0:
-        cycles_N += instrument.fm * np.exp(-t_N) * np.sin(2 * np.pi * cycles_N) / (2 * np.pi)
-    cycles_KN = np.multiply.outer(ratios_K, cycles_N) + rng.random((len(ratios_K), 1))
-    # whole cycles go before the cast: float32 holds the rest well, and its sine is many times faster
-    waves_KN = np.sin((2 * np.pi * (cycles_KN - np.floor(cycles_KN))).astype(np.float32))
-    t32_N = t_N.astype(np.float32)
-    decay_K1 = instrument.decay_per_second_K[keep, None].astype(np.float32)
-    attack_K1 = instrument.attack_seconds_K[keep, None].astype(np.float32)
-    shape_KN = np.exp(-decay_K1 * t32_N) - np.exp(-(decay_K1 + 1 / attack_K1) * t32_N)
-    waves_KN *= shape_KN * (gains_K * body_K).astype(np.float32)[:, None]
-    tone_N = waves_KN.sum(axis=0).astype(np.float64)
+        cycles_N += instrument.fm * np.exp(-t_N) * _sine(cycles_N) / (2 * np.pi)
+    tone_N = np.zeros(len(t_N), np.float32)
+    # one partial at a time stays in the cache; one too weak to hear, and the end of a decayed one, is left out
+    for k in np.flatnonzero(gains_K > 4e-3 * gains_K.max()):
+        decay, attack = float(instrument.decay_per_second_K[k]), float(instrument.attack_seconds_K[k])
+        heard, rise = round(min(seconds, 8 / (decay + 1e-9)) * rate), round(8 * attack * rate)
+        level_N = float(gains_K[k]) * np.exp(-decay * t_N[:heard])
+        level_N[:rise] *= 1 - np.exp(t_N[: min(heard, rise)] / -attack)
+        tone_N[:heard] += level_N * _sine(cycles_N[:heard] * ratios_K[k] + rng.random())
     tone_N /= np.abs(tone_N).max() + 1e-9
-    struck = instrument.decay_per_second_K[0] > 0.5
-    breath_N = _noise(rng, len(t_N), rate, f0_hz, min(10 * f0_hz, 0.45 * rate))
-    tone_N += instrument.noise * breath_N * (np.exp(-30 * t_N) * 4 if struck else np.minimum(1, t_N / 0.05))
+    struck = instrument.decay_per_second_K[0] > 0.3
+    breath_N = instrument.noise * _noise(rng, len(t_N), rate, *instrument.noise_hz)
+    tone_N += breath_N * (8 * np.exp(-25 * t_N) if struck else np.minimum(1, 25 * t_N))
     tone_N *= 1 + instrument.tremolo * np.roll(wobble_N, rate // 17)
-    tone_N *= np.exp(-np.maximum(0, t_N - held_seconds) / instrument.release_seconds * 4)
+    tone_N *= np.exp(np.minimum(0, held - t_N) * 4 / instrument.release_seconds)
     return np.tanh(instrument.drive * tone_N) / np.tanh(instrument.drive) * (0.3 + 0.7 * velocity / 127)
 
 
 def _song(rng: np.random.Generator, name: str, seconds: float, rate: int, sung: bool = False) -> np.ndarray:
-    genre = _GENRES[name]
-    step_seconds = 15 / rng.uniform(*genre.tempo_bpm)
-    swing, first_step, root = rng.uniform(*genre.swing), int(rng.integers(16)), int(rng.integers(12))
-    roots = [root + int(rng.choice((0, 0, 5, 7, 9))) for _ in range(64)]
+    genre, length = _GENRES[name], round(seconds * rate)
+    step_seconds, swing = 15 / rng.uniform(*genre.tempo_bpm), rng.uniform(*genre.swing)
+    first_step, key = int(rng.integers(16)), int(rng.integers(12))
+    steps = first_step + np.arange(math.ceil(seconds / step_seconds))
+    roots = key + rng.choice((0, 0, 5, 7, 9), size=steps[-1] // 8 + 1)  # of each half bar
 
     def hits(pattern: str) -> Iterator[tuple[float, int]]:
-        for i in range(math.ceil(seconds / step_seconds)):
-            place = (first_step + i) % 16
+        for step in steps if pattern != _REST else ():
             # a song strays from its genre's bar now and then
-            chance = 0.04 if pattern[place] == "." else int(pattern[place]) / 9
-            if pattern.strip(".") and rng.random() < chance:
-                yield (i + swing * (place % 4 == 2)) * step_seconds, (first_step + i) // 8
+            chance = int(pattern[step % 16].replace(".", "0")) / 9 or 0.03
+            if rng.random() < chance:
+                yield (step - first_step + swing * (step % 4 == 2)) * step_seconds, int(roots[step // 8]) % 12
 
-    def play(family: str, pattern: str, steps: Range, notes: Callable[[int], list[int]], partials: int) -> np.ndarray:
-        instrument, track, made = _draw_instrument(rng, family), np.zeros(round(seconds * rate)), {}
-        held = max(0.08, rng.uniform(*steps) * step_seconds)
-        for start, half_bar in hits(pattern):
-            for pitch in notes(roots[half_bar % len(roots)]):
-                if pitch not in made:
-                    made[pitch] = _tone(rng, instrument, pitch, 100, held, min(seconds, held + 0.15), rate, partials)
-                _place(track, made[pitch] * rng.uniform(0.7, 1), start, rate)
+    def play(family: str, pattern: str, held_steps: Range, pitches: Callable[[int], list[int]]) -> np.ndarray:
+        instrument, track = _draw_instrument(rng, family), np.zeros(length)
+        tones: dict[int, np.ndarray] = {}
+        held = min(seconds, max(0.08, rng.uniform(*held_steps) * step_seconds))
+        for start, root in hits(pattern):
+            for pitch in map(int, pitches(root)):
+                if pitch not in tones:
+                    tones[pitch] = _tone(rng, instrument, pitch, 90, held, held + 0.1, rate)
+                _place(track, tones[pitch] * rng.uniform(0.7, 1), start, rate)
         return track
 
     intervals = genre.intervals[rng.integers(len(genre.intervals))]
+    scale = (0, 2, 4, 7, 9) if 4 in intervals else (0, 3, 5, 7, 10)
     chord_octave, lead_octave = 12 * int(rng.integers(4, 6)), 12 * int(rng.integers(5, 7))
-    scale = np.array((0, 2, 4, 7, 9, 12) if 4 in intervals else (0, 3, 5, 7, 10, 12))
+    lead_family = "vocal" if sung else str(rng.choice(genre.lead_families))
     parts = (
-        _drums(rng, genre, hits, round(seconds * rate), rate),
-        play("string" if name == "classical" else "bass", genre.bass, (1.5, 4 if name != "classical" else 14),
-             lambda r: [28 + r % 12 + int(rng.choice(genre.bass_moves))], 10),
+        _drums(rng, genre, hits, length, rate),
+        play(genre.bass_family, genre.bass, genre.bass_steps, lambda root: [28 + root + rng.choice(genre.bass_moves)]),
         play(str(rng.choice(genre.chord_families)), genre.chord, genre.chord_steps,
-             lambda r: [chord_octave + r % 12 + i for i in intervals], 12),
-        play("vocal" if sung else str(rng.choice(genre.lead_families)), genre.lead, (1, 4),
-             lambda r: [lead_octave + root + int(rng.choice(scale))], 14),
+             lambda root: [chord_octave + root + i for i in intervals]),
+        play(lead_family, genre.lead, (1, 4), lambda root: [lead_octave + key + rng.choice(scale)]),
     )  # fmt: skip
-    mix = np.zeros(round(seconds * rate))
+    mix = np.zeros(length)
     for part, level_db in zip(parts, genre.levels_db, strict=True):
-        rms = math.sqrt(float(np.mean(part**2)))
-        mix += part / (rms + 1e-6) * 10 ** ((level_db + rng.normal(0, 3)) / 20)
-    mix /= np.abs(mix).max() + 1e-9
-    drive = rng.uniform(*genre.drive)
-    return _tilt(np.tanh(drive * mix) / math.tanh(drive), rate, rng.uniform(*genre.tilt_db))
+        mix += part / (np.sqrt(np.mean(part**2)) + 1e-6) * 10 ** ((level_db + rng.normal(0, 1.5)) / 20)
+    mix = np.tanh(rng.uniform(*genre.drive) * mix / (np.abs(mix).max() + 1e-9))
+    hiss = 10 ** (rng.uniform(-50, -36) / 20) * np.abs(mix).max() * _noise(rng, length, rate, 200, 9000)
+    return _tilt(mix + hiss, rate, rng.uniform(*genre.tilt_db))
 
 
 def _drums(
@@ -499,10 +465,10 @@ def _drums(
 ) -> np.ndarray:
     t_N = np.arange(round(0.4 * rate)) / rate
     sweep_N = np.cumsum(rng.uniform(42, 65) + rng.uniform(60, 200) * np.exp(-t_N * rng.uniform(15, 45))) / rate
-    kick_N = np.sin(2 * np.pi * sweep_N) * np.exp(-t_N * rng.uniform(6, 18)) * rng.uniform(0.8, 1.4)
+    kick_N = _sine(sweep_N) * np.exp(-t_N * rng.uniform(6, 18)) * rng.uniform(0.8, 1.4)
     rattle_N = _noise(rng, len(t_N), rate, rng.uniform(300, 1500), rng.uniform(4000, 9000)) / 3
-    body_N = np.sin(2 * np.pi * rng.uniform(150, 240) * t_N)
-    snare_N = (rattle_N + rng.uniform(0.1, 0.8) * body_N) * np.exp(-t_N * rng.uniform(12, 30)) * rng.uniform(0.6, 1)
+    body_N = rng.uniform(0.1, 0.8) * _sine(rng.uniform(150, 240) * t_N)
+    snare_N = (rattle_N + body_N) * np.exp(-t_N * rng.uniform(12, 30)) * rng.uniform(0.6, 1)
     hiss_N = _noise(rng, len(t_N), rate, rng.uniform(4000, 7500), 10500) / 3
     hat_N = hiss_N * np.exp(-t_N / rng.uniform(*genre.hat_seconds)) * rng.uniform(0.2, 0.6)
     track = np.zeros(length)
@@ -515,44 +481,47 @@ def _drums(
 def _speech(rng: np.random.Generator, seconds: float, rate: int) -> np.ndarray:
     hop, length = 256, round(seconds * rate)
     frames = math.ceil(length / hop) + 1
+    time_F, time_N = np.arange(frames) * hop / rate, np.arange((frames + 1) * hop) / rate
     lengths_S = rng.uniform(0.06, 0.2, math.ceil(seconds / 0.06) + 2)
     centres_S = np.cumsum(lengths_S) - lengths_S / 2
-    kind_S = rng.choice(4, len(lengths_S), p=(0.62, 0.12, 0.14, 0.12))  # voiced, breathy, fricative, pause
-    time_F, time_N = np.arange(frames) * hop / rate, np.arange((frames + 1) * hop) / rate
-    tract = rng.uniform(0.85, 1.2)
-    targets_S3 = np.array(_VOWELS)[rng.integers(len(_VOWELS), size=len(lengths_S))] * tract
-    formants_F3 = np.stack([np.interp(time_F, centres_S, targets_S3[:, i]) for i in range(3)], axis=1)
-    voiced_F, noisy_F, hissed_F = (
-        np.interp(time_F, centres_S, np.array(level)[kind_S])
-        for level in ((1, 0.15, 0, 0), (0.01, 0.12, 0.02, 0), (0, 0, rng.uniform(0.15, 0.5), 0))
-    )
-    syllable_F = 0.55 + 0.45 * np.sin(2 * np.pi * np.cumsum(rng.uniform(3, 6) + rng.normal(0, 2, frames)) * hop / rate)
+    kind_S = rng.choice(4, len(lengths_S), p=(0.56, 0.1, 0.16, 0.18))  # voiced, breathy, fricative, pause
+    levels = ((1, 0.15, 0, 0), (0.01, 0.12, 0.02, 0), (0, 0, rng.uniform(0.15, 0.5), 0))
+    voiced_F1, noisy_F1, hissed_F1 = (np.interp(time_F, centres_S, np.array(x)[kind_S])[:, None] for x in levels)
+    syllable_F = np.sin(2 * np.pi * np.cumsum(rng.uniform(3, 6) + rng.normal(0, 2, frames)) * hop / rate)
+
     knots = np.arange(0, seconds + 1, 0.15)
     melody_N = np.interp(time_N, knots, rng.normal(0, 0.12, len(knots)) - 0.06 * knots)
-    cycles_N = np.cumsum(rng.uniform(80, 260) * np.exp(melody_N)) / rate
-    phase_N = (cycles_N + np.interp(time_N, time_F, rng.normal(0, 0.02, frames))) % 1
-    glottis_N = np.exp(-phase_N * rng.uniform(6, 14))
+    jitter_N = np.interp(time_N, time_F, rng.normal(0, 0.02, frames))
+    cycles_N = np.cumsum(rng.uniform(80, 260) * np.exp(melody_N)) / rate + jitter_N
+    glottis_N = np.exp(-(cycles_N % 1) * rng.uniform(6, 14))
+
     hz_B = np.fft.rfftfreq(2 * hop, 1 / rate)
-    tract_FB = 0.02 + sum(
-        gain / (1 + ((hz_B - formants_F3[:, i : i + 1]) / (45 + 0.04 * formants_F3[:, i : i + 1])) ** 2)
-        for i, gain in enumerate((1.0, 0.6, 0.3))
-    )
-    tract_FB = tract_FB * (hz_B > 60)
-    hiss_FB = 1 / (1 + ((hz_B - np.interp(time_F, centres_S, rng.uniform(2500, 8000, len(lengths_S)))[:, None]) / 1500) ** 2)
-    window = np.hanning(2 * hop + 1)[:-1]
-    place_FW = np.arange(frames)[:, None] * hop + np.arange(2 * hop)
-    voice_FB = np.fft.rfft((glottis_N - glottis_N.mean())[place_FW] * window)
-    noise_FB = np.fft.rfft(rng.normal(0, 0.3, len(time_N))[place_FW] * window)
-    spectrum_FB = tract_FB * (voice_FB * voiced_F[:, None] + noise_FB * noisy_F[:, None])
-    spectrum_FB += hiss_FB * noise_FB * hissed_F[:, None]
-    pieces_FW = np.fft.irfft(spectrum_FB * syllable_F[:, None])
+    vowels_S = np.array(_VOWELS_HZ)[rng.integers(len(_VOWELS_HZ), size=len(lengths_S))] * rng.uniform(0.85, 1.2)
+    tract_FB = np.full((frames, len(hz_B)), 0.02)
+    for i, gain in enumerate((1.0, 0.6, 0.3)):
+        formant_F1 = np.interp(time_F, centres_S, vowels_S[:, i])[:, None]
+        tract_FB += gain / (1 + ((hz_B - formant_F1) / (45 + 0.04 * formant_F1)) ** 2)
+    tract_FB *= hz_B > 70  # a voice has nothing below its fundamental
+    hiss_F1 = np.interp(time_F, centres_S, rng.uniform(2500, 8000, len(lengths_S)))[:, None]
+    hiss_FB = 1 / (1 + ((hz_B - hiss_F1) / 1500) ** 2)
+
+    window_W = np.hanning(2 * hop + 1)[:-1]
+    samples_FW = np.arange(frames)[:, None] * hop + np.arange(2 * hop)
+    voice_FB = np.fft.rfft((glottis_N - glottis_N.mean())[samples_FW] * window_W)
+    noise_FB = np.fft.rfft(rng.normal(0, 0.3, len(time_N))[samples_FW] * window_W)
+    spectrum_FB = tract_FB * (voice_FB * voiced_F1 + noise_FB * noisy_F1) + hiss_FB * noise_FB * hissed_F1
+    pieces_FW = np.fft.irfft(spectrum_FB * (0.52 + 0.48 * syllable_F[:, None]))
     speech = np.append(pieces_FW[:, :hop].ravel(), np.zeros(hop))
-    speech[hop:] += pieces_FW[:, hop:].ravel()
+    speech[hop:] += pieces_FW[:, hop:].ravel()  # overlap-add: the second half of each frame, one hop later
     speech = speech[:length] / (np.abs(speech[:length]).max() + 1e-9)
     if rng.random() < 0.3:
         hum = np.sin(2 * np.pi * rng.choice((50, 60, 100, 120)) * time_N[:length])
         speech += 10 ** (rng.uniform(-45, -28) / 20) * (hum + _noise(rng, length, rate, 80, rng.uniform(500, 5000)))
     return _tilt(speech, rate, rng.uniform(-1.5, 1.5))
+
+
+def _sine(cycles_N: np.ndarray) -> np.ndarray:
+    return np.sin(np.float32(2 * np.pi) * (cycles_N - np.floor(cycles_N)).astype(np.float32))
 
 
 def _texture(rng: np.random.Generator, seconds: float, rate: int) -> np.ndarray:
@@ -564,9 +533,11 @@ def _texture(rng: np.random.Generator, seconds: float, rate: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, length: int, rate: int, low_hz: float, high_hz: float) -> np.ndarray:
-    hz = np.fft.rfftfreq(length, 1 / rate)
-    band = 1 / (1 + (low_hz / np.maximum(hz, 1)) ** 4) / (1 + (hz / high_hz) ** 4)
-    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(length)) * band, length)
+    padded = math.ceil(length / 1024) * 1024  # an FFT of a prime length is slow
+    hz = np.fft.rfftfreq(padded, 1 / rate).astype(np.float32)
+    band = 1 / (1 + np.square(np.square(low_hz / (hz + 1)))) / (1 + np.square(np.square(hz / high_hz)))
+    spectrum = rng.standard_normal((len(hz), 2), np.float32).view(np.complex64)[:, 0] * band
+    noise = np.fft.irfft(spectrum)[:length]
     return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
 
 

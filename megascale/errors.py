@@ -2,7 +2,7 @@
 
 
 class MegascaleError(Exception):
-    """A mistake outside the code: its message is one line that names the file or key; the job exits with `exit_code`."""
+    """A mistake outside the code: one line that names the file or key; the job exits with `exit_code`."""
 
     exit_code = 2
 

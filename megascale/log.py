@@ -1,4 +1,4 @@
-"""What a job tells its user: lines from rank 0 alone, progress with time left, and metrics as JSON lines (and wandb)."""
+"""What a job tells its user: lines from rank 0 alone, progress with time left, metrics as JSON lines (and wandb)."""
 
 import json
 import math

@@ -1,8 +1,8 @@
 """The one door to files: a local path, `s3://…`, or any other URL that fsspec knows. A URL is always a string.
 
-Publishing is all or nothing: a local file appears by rename, an object by one PUT. (fsspec's `open(url, "wb")` publishes
-a partial object when the writer raises, so it is not used here.) Credentials come from the standard chain of the store's
-own library and are never read, logged or written by this package.
+Publishing is all or nothing: a local file appears by rename, an object by one PUT. (fsspec's `open(url, "wb")`
+publishes a partial object when the writer raises, so it is not used here.) Credentials come from the standard chain of
+the store's own library and are never read, logged or written by this package.
 """
 
 import errno
@@ -67,7 +67,7 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Return whether a file (or a local folder) is there."""
     if is_local(url):
-        return local_path(url).exists()
+        return _retry(url, lambda: local_path(url).exists())
     fs, path = _open_filesystem(url)
     return _retry(url, lambda: bool(fs.exists(path)))
 
@@ -81,9 +81,9 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_text(url: str) -> str:
-    """Read a whole UTF-8 file."""
+    """Read a whole UTF-8 file; a byte order mark, as spreadsheets write it, is left out."""
     try:
-        return read_bytes(url).decode("utf-8")
+        return read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise StorageError(f"{url}: not UTF-8 text") from None
 
@@ -109,41 +109,56 @@ def list_files(url: str) -> tuple[str, list[str]]:
     Raises:
         StorageError: nothing is there.
     """
-    root = _glob_root(url)
-    if is_local(url):
-        return root, _list_local(url, root)
-    fs, path = _open_filesystem(url)
-    base = str(fs._strip_protocol(root)).rstrip("/")
-    found = _retry(url, lambda: fs.glob(path) if root != url else fs.find(path))
-    names = sorted(name[len(base) :].lstrip("/") for name in found)
+    root, pattern = _split_glob(url)
+    names = _list_local(root, pattern) if is_local(url) else _list_remote(root, pattern)
     if not names:
-        raise StorageError(f"{url}: no such folder or prefix, or it is empty")
-    return root, names
+        reason = "nothing matches" if pattern else "no such folder or prefix, or it is empty"
+        raise StorageError(f"{url}: {reason}")
+    if names == [""]:
+        raise StorageError(f"{url}: a file, not a folder")
+    return root, sorted(names)
 
 
-def _list_local(url: str, root: str) -> list[str]:
+def _list_local(root: str, pattern: str) -> list[str]:
     folder = local_path(root)
-    if not folder.exists():
+    if not exists(root):
         raise StorageError(f"{root}: no such folder")
-    if root != url:
-        found = [Path(name) for name in globbing.glob(str(local_path(url)), recursive=True)]
-        return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
     if folder.is_file():
-        raise StorageError(f"{root}: a file, not a folder")
+        return [""]
+    if pattern:
+        found = (folder / name for name in globbing.glob(pattern, root_dir=folder, recursive=True))
+        return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
     # followlinks stays off: a link that points up would never end
-    return sorted(
-        (Path(parent) / name).relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder)
-        for name in names
-    )
+    walk = ((Path(parent), names) for parent, _, names in os.walk(folder))
+    return [(parent / name).relative_to(folder).as_posix() for parent, names in walk for name in names]
 
 
-def _glob_root(url: str) -> str:
+def _list_remote(root: str, pattern: str) -> list[str]:
+    fs, path = _open_filesystem(root)
+    base = path.rstrip("/")
+    if pattern:
+        whole = f"{globbing.escape(base)}/{pattern}"
+        matches = _retry(f"{root}/{pattern}", lambda: fs.glob(whole, detail=True))
+        found = [name for name, facts in matches.items() if facts["type"] == "file"]
+    else:
+        found = _retry(root, lambda: fs.find(path))
+    return [name[len(base) :].lstrip("/") for name in found]
+
+
+def _split_glob(url: str) -> tuple[str, str]:
+    """Split a URL before its first part that is a pattern; a folder that is really there is none, whatever its name."""
     parts = url.split("/")
     for i, part in enumerate(parts):
-        if globbing.has_magic(part):
-            return "/".join(parts[:i]) or ("/" if url.startswith("/") else ".")
-    return url
+        if globbing.has_magic(part) and not _is_folder("/".join(parts[: i + 1])):
+            return "/".join(parts[:i]) or ("/" if url.startswith("/") else "."), "/".join(parts[i:])
+    return url, ""
+
+
+def _is_folder(url: str) -> bool:
+    if is_local(url):
+        return _retry(url, lambda: local_path(url).is_dir())
+    fs, path = _open_filesystem(url)
+    return _retry(url, lambda: bool(fs.isdir(path)))
 
 
 def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
@@ -196,7 +211,8 @@ def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, path = url_to_fs(url)
     except ImportError as failure:
-        raise StorageError(f"{url}: {failure}; install megascale's extra for this store, such as megascale[s3]") from None
+        hint = "install megascale's extra for this store, such as megascale[s3]"
+        raise StorageError(f"{url}: {failure}; {hint}") from None
     except ValueError as failure:
         raise StorageError(f"{url}: {failure}") from None
     return fs, str(path)
@@ -213,10 +229,11 @@ def _retry(url: str, call: Callable[[], T]) -> T:
             raise StorageError(f"{url}: no such file") from None
         except PermissionError as failure:
             raise StorageError(f"{url}: permission denied: {failure.strerror or failure}") from None
-        except (OSError, TimeoutError) as failure:
-            may_pass = isinstance(failure, (TimeoutError, ConnectionError)) or failure.errno in _TRANSIENT
+        except Exception as failure:  # a store's library raises its own types: botocore's are not even OSErrors
+            errors = (TimeoutError, ConnectionError)
+            may_pass = isinstance(failure, errors) or getattr(failure, "errno", None) in _TRANSIENT
             if is_local(url) or not may_pass or attempt == _ATTEMPTS:
-                raise StorageError(f"{url}: {failure.strerror or failure}") from None
+                raise StorageError(f"{url}: {getattr(failure, 'strerror', None) or failure}") from None
             # jitter, so that many workers do not come back at the same moment
             time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("the loop returns or raises")

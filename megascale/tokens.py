@@ -94,16 +94,21 @@ def read_ecdc_header(data: bytes, where: str) -> tuple[EcdcHeader, int]:
         raise TokenError(f"{where}: truncated in its header")
     try:
         meta = json.loads(data[_HEADER.size : start])
-        header = EcdcHeader(str(meta["m"]), int(meta["al"]), int(meta["nc"]))
-        uses_language_model = bool(meta["lm"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        facts = [meta[key] for key in ("m", "al", "nc", "lm")]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise TokenError(f"{where}: broken .ecdc header") from None
+    if [type(fact) for fact in facts] != [str, int, int, bool]:
+        raise TokenError(f"{where}: broken .ecdc header: m, al, nc, lm = {facts}")
+    *named, uses_language_model = facts
+    header = EcdcHeader(*named)
     if uses_language_model:
         raise TokenError(f"{where}: entropy-coded by EnCodec's language model (lm: true); write it with use_lm=False")
     if header.model_name.split("+")[0] != PUBLISHED_NAME:
         raise TokenError(f"{where}: codec {header.model_name!r}; only {PUBLISHED_NAME} streams are read")
     if header.audio_samples < 1 or not 1 <= header.num_codebooks <= 32:
-        raise TokenError(f"{where}: impossible header: {header.audio_samples} samples, {header.num_codebooks} codebooks")
+        raise TokenError(
+            f"{where}: impossible header: {header.audio_samples} samples, {header.num_codebooks} codebooks"
+        )
     return header, start
 
 

@@ -3,20 +3,30 @@
 The index commits its shard; the manifest, written last, commits the folder. Readers trust only what the manifest names.
 """
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+import numpy as np
+from pydantic import AfterValidator, Field, ValidationError
 
 from megascale import storage, tokens
 from megascale.config import Section
 from megascale.errors import DataError, TokenError
 
 MANIFEST = "manifest.json"
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# a file's name may be no UTF-8 (Python then gives it lone surrogates), and JSON cannot hold it as it is
+Told = Annotated[str, AfterValidator(_encodable)]
 
 
 class Member(Section):
@@ -32,8 +42,8 @@ class Quarantined(Section):
     """A clip that could not be tokenised."""
 
     key: str = Field(description="clip key")
-    url: str = Field(description="the recording")
-    reason: str = Field(description="what is wrong with it")
+    url: Told = Field(description="the recording")
+    reason: Told = Field(description="what is wrong with it")
     attempts: int = Field(description="how often it was tried")
 
 
@@ -85,7 +95,7 @@ class StoredClip:
     """One clip as read back for downstream work: codes_QT int16, and what its `.json` member says."""
 
     key: str
-    codes_QT: Any
+    codes_QT: np.ndarray
     recording: str
     source: str
     labels: dict[str, Any]
@@ -104,7 +114,7 @@ def read_manifest(url: str) -> Manifest:
     try:
         return Manifest.model_validate_json(storage.read_bytes(where))
     except ValidationError as failure:
-        raise DataError(f"{where}: broken: {failure.errors()[0]['loc']}: {failure.errors()[0]['msg']}") from None
+        raise _broken(where, failure) from None
 
 
 def read_index(url: str, facts: ShardFacts, fingerprint: str) -> ShardIndex:
@@ -118,12 +128,18 @@ def read_index(url: str, facts: ShardFacts, fingerprint: str) -> ShardIndex:
     try:
         index = ShardIndex.model_validate_json(storage.read_bytes(where))
     except ValidationError as failure:
-        raise DataError(f"{where}: broken: {failure.errors()[0]['loc']}: {failure.errors()[0]['msg']}") from None
+        raise _broken(where, failure) from None
     if index.codec != fingerprint:
         raise TokenError(f"{where}: made by codec {index.codec[:8]}, the manifest says {fingerprint[:8]}")
     if (index.sha256, len(index.clips)) != (facts.sha256, facts.clips):
         raise DataError(f"{where}: not the shard that {MANIFEST} names (its hash or count differs)")
     return index
+
+
+def _broken(where: str, failure: ValidationError) -> DataError:
+    first = failure.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return DataError(f"{where}: broken: {key + ': ' if key else ''}{first['msg']}")
 
 
 def index_name(shard: str) -> str:
@@ -138,25 +154,21 @@ def read_clips(url: str, manifest: Manifest, num_codebooks: int) -> Iterator[Sto
         DataError: a shard's bytes are not what the manifest says.
         TokenError: a clip is broken, was written by another codec, or has too few codebooks.
     """
-    import hashlib
-
     for facts in manifest.shards:
         where = storage.join(url, facts.name)
         data = storage.read_bytes(where)
         if hashlib.sha256(data).hexdigest() != facts.sha256:
             raise DataError(f"{where}: its sha256 is not the one in {MANIFEST}")
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {m.name: m for m in tar}
-            for name in [n for n in members if n.endswith(".ecdc")]:
+            content = {m.name: data[m.offset_data : m.offset_data + m.size] for m in tar}
+            for name in [n for n in content if n.endswith(".ecdc")]:
                 key = name.removesuffix(".ecdc")
-                stream = data[members[name].offset_data :][: members[name].size]
-                codes_QT = read_codes(stream, f"{where}:{name}", manifest.codec, num_codebooks)
-                meta_member = members[f"{key}.json"]
-                meta = json.loads(data[meta_member.offset_data :][: meta_member.size])
+                codes_QT = read_codes(content[name], f"{where}:{name}", manifest.codec, num_codebooks)
+                meta = json.loads(content[f"{key}.json"])
                 yield StoredClip(key, codes_QT, meta["recording"], meta["source"], meta["labels"], meta["split"])
 
 
-def read_codes(stream: bytes, where: str, codec: CodecFacts, num_codebooks: int) -> Any:
+def read_codes(stream: bytes, where: str, codec: CodecFacts, num_codebooks: int) -> np.ndarray:
     """Read codes_QT of one stream and check that this codec wrote it. Raises TokenError naming `where`."""
     header, codes_QT = tokens.read_ecdc(stream, where, num_codebooks)
     if header.model_name != codec.name:

@@ -1,7 +1,7 @@
 """Any recording to 24 kHz mono: soundfile decodes, soxr resamples. What cannot be trusted raises AudioError."""
 
-import struct
-from typing import IO
+import math
+from typing import IO, Literal
 
 import numpy as np
 import soundfile
@@ -10,6 +10,15 @@ import soxr
 from megascale import storage
 from megascale.errors import AudioError
 from megascale.tokens import SAMPLE_RATE_HZ
+
+# by the first four bytes of a file made of chunks: how it writes numbers, and which chunk is its audio
+_CHUNKED: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
+    b"RIFF": ("little", b"data"),
+    b"RF64": ("little", b"data"),
+    b"RIFX": ("big", b"data"),
+    b"FORM": ("big", b"SSND"),
+}
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the largest
 
 
 def probe_seconds(url: str) -> float:
@@ -35,12 +44,7 @@ def read_clip(url: str, start_seconds: float = 0.0, duration_seconds: float | No
     """
     with storage.open_read(url) as file, _open(file, url) as sound:
         rate = sound.samplerate
-        first = round(start_seconds * rate)
-        wanted = sound.frames - first if duration_seconds is None else round(duration_seconds * rate)
-        # a cut may be planned from a length rounded up by less than a sample
-        wanted = min(wanted, sound.frames - first) if first + wanted - sound.frames <= 1 else wanted
-        if first + wanted > sound.frames or wanted < 1:
-            raise AudioError(f"{url}: {sound.frames / rate:.3f} s long, no samples at {start_seconds:.3f} s or too few")
+        first, wanted = _stretch(sound, url, start_seconds, duration_seconds)
         try:
             sound.seek(first)
             samples_SC = sound.read(wanted, dtype="float32", always_2d=True)
@@ -58,8 +62,25 @@ def read_clip(url: str, start_seconds: float = 0.0, duration_seconds: float | No
     return np.ascontiguousarray(mono_S, dtype=np.float32)
 
 
+def _stretch(
+    sound: soundfile.SoundFile, url: str, start_seconds: float, duration_seconds: float | None
+) -> tuple[int, int]:
+    """Return a stretch's first sample and its number of samples. Raises AudioError unless the file holds it."""
+    end = "its end" if duration_seconds is None else f"{duration_seconds:.3f} s later"
+    asked = f"from {start_seconds:.3f} s to {end}"
+    if not math.isfinite(start_seconds + (duration_seconds or 0.0)):
+        raise AudioError(f"{url}: {asked}: not a stretch of time")
+    first = round(start_seconds * sound.samplerate)
+    wanted = sound.frames - first if duration_seconds is None else round(duration_seconds * sound.samplerate)
+    if first + wanted == sound.frames + 1:
+        wanted -= 1  # a cut may be planned from a length rounded up by less than a sample
+    if first < 0 or wanted < 1 or first + wanted > sound.frames:
+        raise AudioError(f"{url}: {sound.frames / sound.samplerate:.3f} s long, and {asked} was asked for")
+    return first, wanted
+
+
 def _open(file: IO[bytes], url: str) -> soundfile.SoundFile:
-    _check_wav_is_whole(file, url)
+    _check_is_whole(file, url)
     try:
         sound = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as failure:
@@ -71,22 +92,54 @@ def _open(file: IO[bytes], url: str) -> soundfile.SoundFile:
     return sound
 
 
-def _check_wav_is_whole(file: IO[bytes], url: str) -> None:
-    """libsndfile reads a truncated WAV, or one that claims 4 GB, as if it were whole; compare the header with the size."""
-    file.seek(0, 2)
-    size = file.tell()
-    file.seek(0)
+def _check_is_whole(file: IO[bytes], url: str) -> None:
+    """Compare a file's header with its size: libsndfile reads a truncated one, or one that claims 4 GB, as if whole."""
+    size = file.seek(0, 2)
     if size == 0:
         raise AudioError(f"{url}: an empty file")
-    if file.read(4) == b"RIFF":
-        position = 12
-        while position + 8 <= size:
-            file.seek(position)
-            name, length = struct.unpack("<4sI", file.read(8))
-            if name == b"data":
-                if position + 8 + length > size:
-                    present = size - position - 8
-                    raise AudioError(f"{url}: truncated: {present} bytes of audio of {length} in its header")
-                break
-            position += 8 + length + length % 2
+    start, length = _announced_audio(file, size)
+    if start + length > size:
+        raise AudioError(f"{url}: truncated: {max(0, size - start)} bytes of audio of {length} in its header")
+    if not _ogg_has_its_end(file, size):
+        raise AudioError(f"{url}: truncated: its last page is missing")
     file.seek(0)
+
+
+def _announced_audio(file: IO[bytes], size: int) -> tuple[int, int]:
+    """Return where the audio of a WAV, RF64, AIFF or AU begins, and how many bytes of it the header announces.
+
+    (0, 0) for the rest: FLAC and mp3 announce samples, which are counted when they are decoded.
+    """
+
+    def number(order: Literal["little", "big"], width: int = 4) -> int:
+        return int.from_bytes(file.read(width), order)
+
+    file.seek(0)
+    magic = file.read(4)
+    if magic == b".snd":
+        return number("big"), number("big")
+    if magic not in _CHUNKED:
+        return 0, 0
+    order, audio = _CHUNKED[magic]
+    position, long_length = 12, 0
+    while position + 8 <= size:
+        file.seek(position)
+        name, length = file.read(4), number(order)
+        if name == b"ds64":  # RF64 keeps lengths here that 32 bits cannot hold: of the file, then of the audio
+            _, long_length = number(order, 8), number(order, 8)
+        if name == audio:
+            return position + 8, long_length if long_length and length == 0xFFFFFFFF else length
+        position += 8 + length + length % 2
+    return 0, 0
+
+
+def _ogg_has_its_end(file: IO[bytes], size: int) -> bool:
+    """Return whether the last page of an Ogg stream is whole and says that it is the last. (RFC 3533, section 6)"""
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return True
+    file.seek(max(0, size - _OGG_PAGE_BYTES))
+    tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    return bool(segments) and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(segments)

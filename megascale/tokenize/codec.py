@@ -7,6 +7,7 @@ B batch, S samples, Q codebooks, T frames.
 
 import hashlib
 import importlib
+import importlib.machinery
 import io
 import json
 import re
@@ -20,9 +21,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import nn
 
 from megascale import seeding, storage
+from megascale.config import Section
 from megascale.errors import AudioError, TokenError
 from megascale.tokens import CODEBOOK_SIZE, PUBLISHED_NAME, SAMPLE_RATE_HZ, codec_fingerprint, model_name
 
@@ -31,9 +34,18 @@ CALIBRATE = "calibrate"
 _BANDWIDTHS_KBPS = [1.5, 3.0, 6.0, 12.0, 24.0]
 _KMEANS_FRAMES = 24_000
 _KMEANS_ITERATIONS = 8
-_FRAMES_PER_CODE = 4  # with fewer, a codebook memorises the sample and leaves no residual for the next one
+_FRAMES_PER_CODE = 16  # with fewer, a codebook memorises the sample and leaves no residual for the next one
 _LEAST_SECONDS = 4
 _UNUSED = 1e3  # coordinates of codes a small sample cannot fill: too far off for any latent
+_SILENT = 1e-4  # a second whose samples all lie so close together, three steps of 16 bits, is silence
+
+
+class CodecFile(Section):
+    """What a saved codec says of itself, in the metadata of its safetensors."""
+
+    num_codebooks: int = Field(description="codebooks that hold something")
+    origin: str = Field(description="how it was calibrated")
+    fingerprint: str = Field(description="sha256 over settings and weights")
 
 
 class Codec:
@@ -80,9 +92,9 @@ class Codec:
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors, to be kept beside the shards."""
-        assert not self.published, "published weights are never copied: their licence, and their name, stay with their file"
-        facts = {"num_codebooks": self.num_codebooks, "origin": self.origin}
-        return safetensors.torch.save(self.state(), {"codec": json.dumps(facts | {"fingerprint": self.fingerprint})})
+        assert not self.published, "published weights are never copied: their licence and name stay with their file"
+        facts = CodecFile(num_codebooks=self.num_codebooks, origin=self.origin, fingerprint=self.fingerprint)
+        return safetensors.torch.save(self.state(), {"codec": facts.model_dump_json()})
 
 
 def load_codec(url: str) -> Codec:
@@ -116,49 +128,52 @@ def _from_safetensors(data: bytes, url: str) -> Codec:
     try:
         state = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        facts = json.loads(header["__metadata__"]["codec"])
+        facts = CodecFile.model_validate_json(header["__metadata__"]["codec"])
         model = _new_model()
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         model.encoder.load_state_dict(encoder)
-        for i in range(facts["num_codebooks"]):
+        for i in range(facts.num_codebooks):
             _set_codebook(model, i, state[f"codebook.{i}"])
-        codec = Codec(model, facts["num_codebooks"], facts["origin"], published=False)
+        codec = Codec(model, facts.num_codebooks, facts.origin, published=False)
     except (KeyError, ValueError, RuntimeError, IndexError, safetensors.SafetensorError) as failure:
         raise TokenError(f"{url}: not a codec this package saved: {str(failure).splitlines()[0]}") from None
-    if codec.fingerprint != facts["fingerprint"]:
+    if codec.fingerprint != facts.fingerprint:
         raise TokenError(f"{url}: its weights do not match its fingerprint; the file was changed")
     return codec
 
 
 @torch.inference_mode()
 def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Codec:
-    """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so that
-    its output has zero mean and unit variance on the sample, and residual codebooks fitted there by k-means.
+    """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so
+    that its output has zero mean and unit variance on the sample, and residual codebooks fitted there by k-means.
 
     Its codes carry information about the audio but do not decode to it.
 
     Args:
-        clips: float32 24 kHz mono, at least 4 s in all, 55 s to fill every code; joined and cut to pieces of one second.
+        clips: float32 24 kHz mono, at least 4 s in all, 220 s to fill every code; joined and cut to pieces of one
+            second. Silent ones are left out: a convolution that puts out a constant cannot be rescaled.
         num_codebooks: how many codebooks to fit.
         seed: fixes the weights and the k-means starts.
 
     Raises:
-        AudioError: too little audio.
+        AudioError: too little audio, or nothing but silence.
     """
-    audio_S = np.concatenate(clips)
-    pieces = len(audio_S) // SAMPLE_RATE_HZ
-    if pieces < _LEAST_SECONDS:
+    audio_S = np.concatenate([np.empty(0, dtype=np.float32), *clips])
+    audio_BS = audio_S[: len(audio_S) // SAMPLE_RATE_HZ * SAMPLE_RATE_HZ].reshape(-1, SAMPLE_RATE_HZ)
+    audio_BS = audio_BS[np.ptp(audio_BS, axis=1) > _SILENT]
+    if len(audio_BS) < _LEAST_SECONDS:
         raise AudioError(
-            f"codec.weights=calibrate needs at least {_LEAST_SECONDS} s of readable audio, the sample holds {pieces} s"
+            f"codec.weights=calibrate needs at least {_LEAST_SECONDS} s of readable audio that is not silent, "
+            f"the sample holds {len(audio_BS)} s"
         )
-    audio_BS = audio_S[: pieces * SAMPLE_RATE_HZ].reshape(pieces, SAMPLE_RATE_HZ)
-    order = seeding.generator(seed, "calibrate").permutation(pieces)
+    order = seeding.generator(seed, "calibrate").permutation(len(audio_BS))
     audio_BS = audio_BS[order[: _KMEANS_FRAMES // 75]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeding.generator(seed, "codec weights").integers(2**62)))
         model = _new_model()
     _standardise(model.encoder, torch.from_numpy(audio_BS[:64])[:, None])
-    latents = [model.encoder(torch.from_numpy(part)[:, None]) for part in np.array_split(audio_BS, len(audio_BS) // 8 + 1)]
+    parts = np.array_split(audio_BS, len(audio_BS) // 8 + 1)
+    latents = [model.encoder(torch.from_numpy(part)[:, None]) for part in parts]
     residual_ND = torch.cat(latents).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
     for i in range(num_codebooks):
         centers_VD, nearest_N = _fit_codebook(residual_ND, seeding.generator(seed, "codebook", i))
@@ -170,7 +185,7 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
 def _standardise(encoder: nn.Module, audio_B1S: torch.Tensor) -> None:
     """Rescale every convolution, in forward order, to zero mean and unit variance per channel on this audio."""
 
-    def rescale(conv: nn.Module, inputs: Any, output_BCT: torch.Tensor) -> torch.Tensor:
+    def rescale(conv: Any, inputs: Any, output_BCT: torch.Tensor) -> torch.Tensor:
         mean_C = output_BCT.mean(dim=(0, 2))
         std_C = output_BCT.std(dim=(0, 2)).clamp_min(1e-6)
         conv.weight_g.div_(std_C[:, None, None])
@@ -215,8 +230,8 @@ def _new_model() -> Any:
 def _encodec() -> types.ModuleType:
     """Import `encodec`, which imports torchaudio for parts that are not used here.
 
-    torchaudio's wheels are CUDA builds that do not load beside a CPU torch. Then a placeholder stands in for the import,
-    and its functions raise the original error; where the real torchaudio loads, it is used.
+    torchaudio's wheels are CUDA builds that do not load beside a CPU torch. Then a placeholder stands in for the
+    import, and its functions raise the original error; where the real torchaudio loads, it is used.
     """
     if "torchaudio" not in sys.modules:
         try:
@@ -238,5 +253,6 @@ def _register_placeholder(name: str, failure: Exception) -> None:
     for module_name in (name, f"{name}.transforms"):
         module = types.ModuleType(module_name)
         module.__getattr__ = attribute  # type: ignore[method-assign]
+        module.__spec__ = importlib.machinery.ModuleSpec(module_name, None)  # others ask `find_spec` for torchaudio
         sys.modules[module_name] = module
     sys.modules[name].transforms = sys.modules[f"{name}.transforms"]  # type: ignore[attr-defined]

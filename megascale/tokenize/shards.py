@@ -76,7 +76,6 @@ def build_shard(
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 by default
     info.size = len(data)
-    assert tar.fileobj is not None, "an open tar has a file"
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(info, io.BytesIO(data))
     return offset
@@ -92,4 +91,5 @@ def _describe(clip: Clip) -> dict[str, Any]:
 def publish_shard(url: str, data: bytes, index: ShardIndex) -> None:
     """Publish the tar, then the index that commits it. Two writers publish the same bytes, so either may win."""
     storage.publish_bytes(storage.join(url, index.shard), data)
-    storage.publish_bytes(storage.join(url, index_name(index.shard)), index.model_dump_json().encode(), create_only=True)
+    where = storage.join(url, index_name(index.shard))
+    storage.publish_bytes(where, index.model_dump_json().encode(), create_only=True)

@@ -9,9 +9,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class SourceConfig(Section):
     url: str = Field(description="files: folder, prefix or glob; list, audioset: the CSV or Parquet; others: the root")
     audio_url: str | None = Field(None, description="audioset: folder of <YTID>.<ext> files, cut to their segment")
     ontology_url: str | None = Field(None, description="audioset: class_labels_indices.csv, for display names")
-    label_from_folder: bool = Field(False, description="files: label each clip with its parent folder's name, as `class`")
+    label_from_folder: bool = Field(False, description="files: label each clip with its parent folder, as `class`")
 
     @model_validator(mode="after")
     def _audioset_needs_audio(self) -> "SourceConfig":
@@ -148,29 +149,41 @@ def _is_audio(name: str) -> bool:
 
 def _files(config: SourceConfig) -> list[Recording]:
     root, names = storage.list_files(config.url)
-    audio = [name for name in names if _is_audio(name)]
+    # a file at the root has the root's own folder as its parent, which a path such as `.` does not name
+    top = PurePosixPath(os.path.abspath(storage.local_path(root)) if storage.is_local(root) else root)
     return [
         Recording(
-            storage.join(root, name),
-            name,
-            labels={"class": PurePosixPath(name).parent.name} if config.label_from_folder else {},
+            storage.join(root, name), name, {"class": (top / name).parent.name} if config.label_from_folder else {}
         )
-        for name in audio
+        for name in names
+        if _is_audio(name)
     ]
 
 
-def _rows(url: str) -> list[dict[str, str]]:
+def _rows(url: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield where each row of a CSV or Parquet table stands, for error messages, and its cells by column."""
     if url.endswith(".parquet"):
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise DataError(f"{url}: reading Parquet needs the extra megascale[parquet]") from None
-        try:
-            table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(url)))
-        except (OSError, ValueError) as failure:
-            raise DataError(f"{url}: not a Parquet file: {failure}") from None
-        return [{k: "" if v is None else str(v) for k, v in row.items()} for row in table.to_pylist()]
-    return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(io.StringIO(storage.read_text(url)))]
+        for number, values in enumerate(_parquet_rows(url), start=1):
+            yield f"{url}: row {number}", {k: "" if v is None else str(v) for k, v in values.items()}
+        return
+    # newline=None reads the line ends of every system alike
+    reader = csv.DictReader(io.StringIO(storage.read_text(url), newline=None), skipinitialspace=True)
+    try:
+        for row in reader:
+            yield f"{url}: line {reader.line_num}", {k: v or "" for k, v in row.items() if k}
+    except csv.Error as failure:
+        raise DataError(f"{url}: line {reader.line_num}: {failure}") from None
+
+
+def _parquet_rows(url: str) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{url}: reading Parquet needs the extra megascale[parquet]") from None
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(url))).to_pylist()
+    except (OSError, ValueError) as failure:
+        raise DataError(f"{url}: not a Parquet file: {failure}") from None
 
 
 def _list(url: str) -> list[Recording]:
@@ -178,56 +191,84 @@ def _list(url: str) -> list[Recording]:
     column is a label."""
     parent = url.rpartition("/")[0] or "."
     recordings = []
-    for number, row in enumerate(_rows(url), start=2):
+    for where, row in _rows(url):
         name = row.pop("url", "")
         if not name:
-            raise DataError(f"{url}: line {number}: no value in column 'url'")
-        start, duration, split = row.pop("start", ""), row.pop("duration", ""), row.pop("split", "")
-        try:
-            start_seconds, duration_seconds = float(start or 0), float(duration) if duration else None
-        except ValueError:
-            raise DataError(f"{url}: line {number}: start and duration are numbers of seconds") from None
-        if start_seconds < 0 or (duration_seconds is not None and not duration_seconds > 0):
-            raise DataError(f"{url}: line {number}: start must not be negative, and duration must be above 0")
+            raise DataError(f"{where}: no value in column 'url'")
+        split, start, duration = (row.pop(column, "") or None for column in ("split", "start", "duration"))
+        start_seconds = _seconds(where, start or "0")
+        duration_seconds = None if duration is None else _seconds(where, duration)
+        if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
+            raise DataError(f"{where}: start must not be negative, and duration must be above 0")
         full = name if "://" in name or name.startswith("/") else storage.join(parent, name)
-        recordings.append(Recording(full, name, row, split or None, start_seconds, duration_seconds))
+        recordings.append(Recording(full, name, row, split, start_seconds, duration_seconds))
     repeated = [key for key, n in Counter((r.source, r.start_seconds) for r in recordings).items() if n > 1]
     if repeated:
         raise DataError(f"{url}: {repeated[0][0]} at {repeated[0][1]} s is listed more than once")
     return recordings
 
 
+def _seconds(where: str, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise DataError(f"{where}: start and duration are numbers of seconds")
+    return seconds
+
+
 def _audioset(config: SourceConfig) -> tuple[list[Recording], dict[str, int]]:
     """AudioSet's segment CSV: three `#` lines, then `YTID, start, end, "/m/a,/m/b"`."""
     assert config.audio_url is not None, "the config's validator asks for it"
     root, files = storage.list_files(config.audio_url)
-    by_id = {_youtube_id(name): name for name in files if _is_audio(name)}
-    names = _ontology(config.ontology_url) if config.ontology_url else {}
-    text = storage.read_text(config.url)
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    recordings, missing = [], 0
-    for row in csv.reader(lines, skipinitialspace=True):
-        if len(row) != 4:
-            raise DataError(f"{config.url}: {','.join(row)[:60]!r}: expected YTID, start, end, labels")
-        source = by_id.get(row[0])
-        if source is None:
-            missing += 1
+    names = _ontology(config.ontology_url) if config.ontology_url else None
+    segments = _segments(config.url)
+    by_id = _files_by_id([name for name in files if _is_audio(name)], {youtube_id for youtube_id, _ in segments})
+    recordings = []
+    for youtube_id, tags in segments:
+        if youtube_id not in by_id:
             continue
-        tags = row[3].split(",")
-        labels = {"tags": tags, "names": [names[tag] for tag in tags]} if names else {"tags": tags}
+        labels = {"tags": tags}
+        if names is not None:
+            unknown = [tag for tag in tags if tag not in names]
+            if unknown:
+                raise DataError(f"{config.ontology_url}: no display name for {unknown[0]}, a tag of {youtube_id}")
+            labels["names"] = [names[tag] for tag in tags]
+        source = by_id[youtube_id]
         recordings.append(Recording(storage.join(root, source), source, labels))
-    return recordings, {"listed, but not in audio_url": missing}
+    return recordings, {"listed, but not in audio_url": len(segments) - len(recordings)}
 
 
-def _youtube_id(name: str) -> str:
-    # copies name files <ID>, Y<ID> or <ID>_<start>; an id has 11 characters and may itself hold '_' and '-'
-    stem = PurePosixPath(name).stem
-    return stem[1:12] if len(stem) >= 12 and stem[0] == "Y" and stem[11:12] != "_" else stem[:11]
+def _segments(url: str) -> list[tuple[str, list[str]]]:
+    """Read each listed id and its tags."""
+    lines = (line for line in storage.read_text(url).splitlines() if line.strip() and not line.startswith("#"))
+    segments = []
+    try:
+        for row in csv.reader(lines, skipinitialspace=True):
+            if len(row) != 4:
+                raise DataError(f"{url}: {','.join(row)[:60]!r}: expected YTID, start, end, labels")
+            segments.append((row[0], row[3].split(",")))
+    except csv.Error as failure:
+        raise DataError(f"{url}: after {len(segments)} segments: {failure}") from None
+    return segments
+
+
+def _files_by_id(files: list[str], listed: set[str]) -> dict[str, str]:
+    """Find the file of each listed id. Copies name files <ID>, Y<ID> or <ID>_<start>; an id has 11 characters, may hold
+    '_' and '-' and begin with Y itself, so that only the list can tell what a name means."""
+    by_id = {}
+    for name in files:
+        stem = PurePosixPath(name).stem
+        for candidate in (stem[:11], stem[1:12] if stem.startswith("Y") else ""):
+            if candidate in listed:
+                by_id[candidate] = name
+    return by_id
 
 
 def _ontology(url: str) -> dict[str, str]:
-    rows = _rows(url)
-    if rows and not {"mid", "display_name"} <= set(rows[0]):
+    rows = [row for _, row in _rows(url)]
+    if not rows or not {"mid", "display_name"} <= set(rows[0]):
         raise DataError(f"{url}: expected columns index, mid, display_name")
     return {row["mid"]: row["display_name"] for row in rows}
 
@@ -274,12 +315,5 @@ def _music_speech(url: str) -> list[Recording]:
         path = PurePosixPath(name)
         if path.parent.name in ("music_wav", "speech_wav") and _is_audio(name):
             label = path.parent.name.removesuffix("_wav")
-            recordings.append(
-                Recording(storage.join(root, name), f"{path.parent.name}/{path.name}", {"class": label})
-            )
+            recordings.append(Recording(storage.join(root, name), f"{path.parent.name}/{path.name}", {"class": label}))
     return recordings
-
-
-def count_labels(recordings: Iterable[Recording], label: str) -> Counter[str]:
-    """Count the values of one label; used for plans and messages."""
-    return Counter(str(r.labels[label]) for r in recordings if label in r.labels)

@@ -1,0 +1,81 @@
+"""How a command ends: exit codes, one line for a mistake of the user, a traceback for a fault of the code."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from pydantic import Field
+
+from megascale import cli
+from megascale.config import Section
+from megascale.errors import CheckpointError, ConfigError, DataError, MegascaleError, QuarantineExceeded, Stopped
+
+
+class TinyConfig(Section):
+    steps: int = Field(1, description="how many")
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_it_was() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that misses the signal must not end the tests
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def main(run: Callable[[TinyConfig], object], *arguments: str) -> int:
+    return cli._main("tiny", TinyConfig, run, lambda config: f"{config.steps} steps", arguments or ("steps=2",))
+
+
+def failing(failure: BaseException) -> Callable[[TinyConfig], None]:
+    def run(config: TinyConfig) -> None:
+        raise failure
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataError, 2), (MegascaleError, 2), (QuarantineExceeded, 3), (Stopped, 75)]
+)
+def test_exit_code_says_how_the_job_ended(capsys, error, code):
+    assert main(failing(error("because"))) == code
+    assert capsys.readouterr().err == f"{error.__name__}: because\n"
+
+
+@pytest.mark.parametrize("error", [KeyError, AssertionError, RuntimeError, KeyboardInterrupt])
+def test_fault_of_the_code_is_not_swallowed(error):
+    with pytest.raises(error):
+        main(failing(error("a bug")))
+
+
+def test_sigterm_ends_a_job_with_75(capsys):
+    assert main(lambda config: os.kill(os.getpid(), signal.SIGTERM)) == 75
+    assert "run the same command to go on" in capsys.readouterr().err
+
+
+def test_config_may_lie_in_a_folder_with_an_equals_sign(tmp_path):
+    recipe = tmp_path / "lr=3" / "tiny.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("steps: 5\n", encoding="utf-8")
+    found: list[TinyConfig] = []
+    assert main(found.append, str(recipe)) == 0
+    assert found == [TinyConfig(steps=5)]
+
+
+def test_dry_run_never_runs(capsys):
+    assert main(failing(RuntimeError("ran")), "steps=7", "--dry-run") == 0
+    assert capsys.readouterr().out == "7 steps\n"
+
+
+def test_what_every_rank_sees_is_told_by_rank_0_alone(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    assert main(failing(DataError("gone"))) == 2
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert main(failing(ConfigError("wrong"))) == 2
+    assert main(failing(Stopped("saved"))) == 75
+    assert capsys.readouterr().err == ""
+    # a fault after the ranks have met may be this rank's alone, and would else be told by nobody
+    assert main(failing(CheckpointError("rank-1.pt: changed"))) == 2
+    assert capsys.readouterr().err == "[rank 1] CheckpointError: rank-1.pt: changed\n"

@@ -1,0 +1,265 @@
+"""Storage: all or nothing, create-only, and every failure names the URL. (S3 is tested with a server, elsewhere.)"""
+
+import os
+import resource
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from megascale import storage
+from megascale.errors import StorageError
+
+
+@contextmanager
+def largest_file(size: int):
+    """A disk that is full after `size` bytes of a file, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def test_published_bytes_are_read_back_and_folders_appear(tmp_path):
+    url = str(tmp_path / "a" / "b" / "x.bin")
+    assert storage.publish_bytes(url, b"\0\xff") is True
+    assert storage.read_bytes(url) == b"\0\xff"
+    assert storage.read_bytes("file://" + url) == b"\0\xff"
+    with storage.open_read(url) as file:
+        file.seek(1)
+        assert file.read() == b"\xff"
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["x.bin"]
+
+
+def test_publish_replaces_what_is_there(tmp_path):
+    url = str(tmp_path / "x")
+    storage.publish_bytes(url, b"long old content")
+    assert storage.publish_bytes(url, b"new") is True
+    assert storage.read_bytes(url) == b"new"
+
+
+def test_published_file_can_be_read_by_a_team(tmp_path):
+    storage.publish_bytes(str(tmp_path / "x"), b"1")
+    storage.publish_bytes(str(tmp_path / "y"), b"1", create_only=True)
+    assert [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in "xy"] == [0o644, 0o644]
+
+
+def test_create_only_leaves_an_existing_file_alone(tmp_path):
+    url = str(tmp_path / "x")
+    assert storage.publish_bytes(url, b"first", create_only=True) is True
+    assert storage.publish_bytes(url, b"second", create_only=True) is False
+    assert storage.read_bytes(url) == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_of_many_create_only_writers_one_wins_whole(tmp_path):
+    url = str(tmp_path / "x")
+    contents = [bytes([i]) * 100_000 for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda data: storage.publish_bytes(url, data, create_only=True), contents))
+    assert won.count(True) == 1
+    assert storage.read_bytes(url) == contents[won.index(True)]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("create_only", [False, True])
+def test_failed_write_leaves_no_file_and_names_the_url(tmp_path, create_only):
+    url = str(tmp_path / "x")
+    with largest_file(4096), pytest.raises(StorageError, match=f"^{url}: cannot write: File too large$"):
+        storage.publish_bytes(url, bytes(1_000_000), create_only=create_only)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    url = str(tmp_path / "x")
+    storage.publish_bytes(url, b"old")
+    with largest_file(4096), pytest.raises(StorageError):
+        storage.publish_bytes(url, bytes(1_000_000))
+    assert storage.read_bytes(url) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("create_only", [False, True])
+def test_writing_over_a_folder_or_below_a_file_is_refused(tmp_path, create_only):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path, "file")
+    for url in (str(tmp_path / "folder"), str(tmp_path / "file" / "x")):
+        with pytest.raises(StorageError, match=f"^{url}: cannot write: "):
+            storage.publish_bytes(url, b"1", create_only=create_only)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_missing_file_is_named(tmp_path):
+    url = str(tmp_path / "none")
+    for read in (storage.read_bytes, storage.read_text, lambda u: storage.open_read(u).__enter__()):
+        with pytest.raises(StorageError, match=f"^{url}: no such file$"):
+            read(url)
+    assert storage.exists(url) is False
+
+
+def test_folder_read_as_a_file_is_named(tmp_path):
+    with pytest.raises(StorageError, match=f"^{tmp_path}: Is a directory$"):
+        storage.read_bytes(str(tmp_path))
+    assert storage.exists(str(tmp_path)) is True
+
+
+@contextmanager
+def ordinary_user():
+    """Root may read everything; be somebody else for a while."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_refused_file_is_named(tmp_path):
+    write(tmp_path, "x")
+    (tmp_path / "x").chmod(0)
+    with ordinary_user(), pytest.raises(StorageError, match="x: permission denied"):
+        storage.read_bytes(str(tmp_path / "x"))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "x").write_bytes(b"caf\xe9")
+    with pytest.raises(StorageError, match="x: not UTF-8 text"):
+        storage.read_text(str(tmp_path / "x"))
+    (tmp_path / "y").write_bytes("café".encode())
+    assert storage.read_text(str(tmp_path / "y")) == "café"
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/x", "gs://bucket/x"])
+def test_store_that_cannot_be_reached_is_named(url):
+    with pytest.raises(StorageError, match=f"^{url}: "):
+        storage.read_bytes(url)
+
+
+def test_error_type_of_a_stores_own_library_is_told_by_url(tmp_path, monkeypatch):
+    class NoCredentials(Exception):
+        """As botocore's, which is no OSError."""
+
+    def refuse(*arguments, **options):
+        raise NoCredentials("Unable to locate credentials")
+
+    for name in ("cat_file", "find", "exists", "pipe_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, refuse)
+    url = f"memory:/{tmp_path}/x"
+    calls = (storage.read_bytes, storage.list_files, storage.exists, lambda u: storage.publish_bytes(u, b""))
+    for call in calls:
+        with pytest.raises(StorageError, match=f"^{url}: Unable to locate credentials$"):
+            call(url)
+
+
+def test_join_and_local_paths():
+    assert storage.join("s3://b/p/", "q", "r") == "s3://b/p/q/r"
+    assert storage.join("/", "x") == "/x"
+    assert storage.is_local("file:///x")
+    assert not storage.is_local("s3://b/x")
+    assert str(storage.local_path("file:///x/y")) == "/x/y"
+    with pytest.raises(StorageError, match="s3://b/x: a local path is needed here"):
+        storage.local_path("s3://b/x")
+
+
+FILES = ("a.wav", "low/b.wav", "low/c.txt", "high/deep/d.wav")
+LISTINGS = [
+    ("", "", ["a.wav", "high/deep/d.wav", "low/b.wav", "low/c.txt"]),
+    ("low", "low", ["b.wav", "c.txt"]),
+    ("*.wav", "", ["a.wav"]),
+    ("*/*.wav", "", ["low/b.wav"]),
+    ("**/*.wav", "", ["a.wav", "high/deep/d.wav", "low/b.wav"]),
+    ("low/*.w?v", "low", ["b.wav"]),
+    ("low/[bx].wav", "low", ["b.wav"]),
+    ("h*/deep/d.wav", "", ["high/deep/d.wav"]),
+    ("high/**/*.wav", "high", ["deep/d.wav"]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "root", "names"), LISTINGS)
+def test_listing_has_paths_relative_to_what_the_pattern_fixes(tmp_path, pattern, root, names):
+    write(tmp_path, *FILES)
+    url = "/".join(part for part in (str(tmp_path), pattern) if part)
+    expected_root = "/".join(part for part in (str(tmp_path), root) if part)
+    assert storage.list_files(url) == (expected_root, names)
+
+
+@pytest.mark.parametrize(("pattern", "root", "names"), LISTINGS)
+def test_listing_of_another_filesystem_is_the_same(tmp_path, pattern, root, names):
+    base = f"memory:/{tmp_path}"  # fsspec's in-memory filesystem, under this test's own name
+    for name in FILES:
+        storage.publish_bytes(f"{base}/{name}", name.encode())
+    url = "/".join(part for part in (base, pattern) if part)
+    assert storage.list_files(url) == ("/".join(part for part in (base, root) if part), names)
+
+
+def test_listing_of_a_file_url_and_a_trailing_slash_is_the_same(tmp_path):
+    write(tmp_path, *FILES)
+    for url in (f"{tmp_path}/", f"file://{tmp_path}"):
+        assert storage.list_files(url)[1] == sorted(FILES)
+
+
+def test_relative_glob_lists_from_the_working_folder(tmp_path, monkeypatch):
+    write(tmp_path, *FILES)
+    monkeypatch.chdir(tmp_path)
+    assert storage.list_files("*.wav") == (".", ["a.wav"])
+    assert storage.list_files("low") == ("low", ["b.wav", "c.txt"])
+
+
+def test_folder_whose_name_looks_like_a_pattern_is_listed(tmp_path):
+    write(tmp_path, "My mix [2020]/a.wav")
+    folder = str(tmp_path / "My mix [2020]")
+    assert storage.list_files(folder) == (folder, ["a.wav"])
+
+
+def test_pattern_below_a_folder_whose_name_looks_like_one_is_read_as_a_pattern(tmp_path):
+    write(tmp_path, "My mix [2020]/a.wav", "My mix [2020]/b.txt", "My mix 2/c.wav")
+    storage.publish_bytes(f"memory:/{tmp_path}/My mix [2020]/a.wav", b"")
+    for folder in (f"{tmp_path}/My mix [2020]", f"memory:/{tmp_path}/My mix [2020]"):
+        assert storage.list_files(f"{folder}/*.wav") == (folder, ["a.wav"])
+
+
+def test_link_that_points_up_does_not_loop(tmp_path):
+    write(tmp_path, "low/a.wav")
+    (tmp_path / "low" / "up").symlink_to(tmp_path)
+    assert storage.list_files(str(tmp_path))[1] == ["low/a.wav"]
+
+
+def test_missing_folder_and_file_as_folder_are_named(tmp_path):
+    write(tmp_path, "x")
+    with pytest.raises(StorageError, match=f"^{tmp_path}/none: no such folder"):
+        storage.list_files(str(tmp_path / "none"))
+    storage.publish_bytes(f"memory:/{tmp_path}/x", b"")
+    for url in (str(tmp_path / "x"), f"memory:/{tmp_path}/x"):
+        with pytest.raises(StorageError, match=f"^{url}: a file, not a folder"):
+            storage.list_files(url)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.wav"])
+def test_listing_nothing_is_an_error_on_every_store(tmp_path, pattern):
+    for url in (f"{tmp_path}{pattern}", f"memory:/{tmp_path}{pattern}"):
+        with pytest.raises(StorageError):
+            storage.list_files(url)
+
+
+def test_other_filesystem_publishes_create_only(tmp_path):
+    url = f"memory:/{tmp_path}/x"
+    assert storage.publish_bytes(url, b"first", create_only=True) is True
+    assert storage.publish_bytes(url, b"second", create_only=True) is False
+    assert storage.read_bytes(url) == b"first"
+    assert storage.publish_bytes(url, b"third") is True
+    assert storage.read_bytes(url) == b"third"
+    with pytest.raises(StorageError, match="none: no such file"):
+        storage.read_bytes(f"memory:/{tmp_path}/none")
