@@ -1,4 +1,7 @@
-"""A checkpoint, or new weights, to a classifier and its scores: python launch/finetune.py CONFIG.yaml [dotted.key=value ...]; see --help."""
+"""A checkpoint, or new weights, to a classifier and its scores.
+
+python launch/finetune.py CONFIG.yaml [dotted.key=value ...]; see --help.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Token shards to a pretrained encoder, on DeepSpeed; also under deepspeed and torchrun: python launch/pretrain.py CONFIG.yaml [dotted.key=value ...]; see --help."""
+"""Token shards to a pretrained encoder, on DeepSpeed; also under deepspeed and torchrun.
+
+python launch/pretrain.py CONFIG.yaml [dotted.key=value ...]; see --help.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The whole way on a small corpus: python launch/quickstart.py CONFIG.yaml [dotted.key=value ...]; see --help."""
+"""The whole way on a small corpus.
+
+python launch/quickstart.py CONFIG.yaml [dotted.key=value ...]; see --help.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Every task, arm and bitrate of Table 1 of the paper, fanned out over Ray: python launch/table1.py CONFIG.yaml [dotted.key=value ...]; see --help."""
+"""Every task, arm and bitrate of the paper's Table 1, fanned out over Ray.
+
+python launch/table1.py CONFIG.yaml [dotted.key=value ...]; see --help.
+"""
 
 import sys
 from pathlib import Path

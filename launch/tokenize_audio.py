@@ -1,4 +1,7 @@
-"""Audio to token shards, on Ray: python launch/tokenize_audio.py CONFIG.yaml [dotted.key=value ...]; see --help."""
+"""Audio to token shards, on Ray.
+
+python launch/tokenize_audio.py CONFIG.yaml [dotted.key=value ...]; see --help.
+"""
 
 import sys
 from pathlib import Path

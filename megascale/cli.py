@@ -1,6 +1,6 @@
 """The commands: read the config, run the job, end with the exit code that says how it went.
 
-Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 75 stopped by SIGTERM after saving.
+A mistake of the user's is one line on stderr; anything else is a fault of the code and keeps its traceback.
 """
 
 import logging
@@ -8,18 +8,24 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megascale.config import S, describe_keys, load_config
-from megascale.errors import ConfigError, MegascaleError
+from megascale.errors import ConfigError, MegascaleError, Stopped
 from megascale.log import rank
+from megascale.stopping import stop_on_sigterm
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 75 stopped by SIGTERM after saving."
+)
 
 
 def tokenize(argv: Sequence[str] | None = None) -> int:
     """Audio to token shards."""
-    from megascale.tokenize import job
+    from megascale.tokenize import job, plan
 
-    return _main("tokenize", job.TokenizeConfig, job.run, job.describe_plan, argv)
+    return _main("tokenize", plan.TokenizeConfig, job.run, plan.describe_plan, argv)
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +52,14 @@ def table1(argv: Sequence[str] | None = None) -> int:
     """Every task, arm and bitrate of the paper's Table 1."""
     from megascale import report
     from megascale.downstream import table1 as job
-    from megascale.tasks.finetune import FinetuneConfig
-    from megascale.tasks.finetune import run as finetune_run
+    from megascale.tasks import finetune as task
+
+    cell = job.CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.Table1Config) -> None:
-        table = job.run(config, FinetuneConfig, finetune_run)
-        report.write_table1_report(config.output.url, table, job.PAPER)
+        report.write_table1_report(config.output.url, job.run(config, cell), job.PAPER)
 
-    return _main("table1", job.Table1Config, run, job.describe_plan, argv)
+    return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
 
 
 def quickstart(argv: Sequence[str] | None = None) -> int:
@@ -66,38 +72,59 @@ def quickstart(argv: Sequence[str] | None = None) -> int:
 def _main(
     job: str, schema: type[S], run: Callable[[S], Any], describe: Callable[[S], str], argv: Sequence[str] | None
 ) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
     _quiet_libraries()
     try:
-        # the deepspeed launcher adds --local_rank=N; LOCAL_RANK in the environment says the same
-        arguments = [a for a in arguments if not a.startswith("--local_rank") and not a.startswith("--local-rank")]
+        arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         if "-h" in arguments or "--help" in arguments:
-            print(_usage(job, schema, run))
+            print(_usage(job, schema))
             return 0
-        flags = [a for a in arguments if a.startswith("-")]
-        if set(flags) - {"--dry-run"}:
-            raise ConfigError(f"{(set(flags) - {'--dry-run'}).pop()}: unknown option; there are --help and --dry-run")
-        rest = [a for a in arguments if not a.startswith("-")]
-        path = rest.pop(0) if rest and "=" not in rest[0] else None
-        if path is None and not rest:
+        unknown = [a for a in arguments if a.startswith("-") and a != "--dry-run"]
+        if unknown:
+            raise ConfigError(f"{unknown[0]}: unknown option; there are --help and --dry-run")
+        rest = [a for a in arguments if a != "--dry-run"]
+        if not rest:
             raise ConfigError(f"{job}: a config file is needed: CONFIG.yaml [dotted.key=value ...]; see --help")
+        # a folder's name may hold a `=`, as in sweeps/lr=3/config.yaml
+        path = rest.pop(0) if "=" not in rest[0] or Path(rest[0]).is_file() else None
         config = load_config(schema, job, path, rest)
-        if flags:
+        if "--dry-run" in arguments:
             print(describe(config))
         else:
+            stop_on_sigterm()
             run(config)
         return 0
     except MegascaleError as failure:
-        if rank() == 0:
-            print(f"{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+        _tell(failure)
         return failure.exit_code
 
 
-def _usage(job: str, schema: type[S], run: Callable[[S], Any]) -> str:
-    exits = (__doc__ or "").splitlines()[2]
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Leave out --local_rank=N or --local_rank N, which launchers add; LOCAL_RANK in the environment says the same."""
+    kept: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+        elif not equals:
+            next(waiting, None)
+    return kept
+
+
+def _tell(failure: MegascaleError) -> None:
+    """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it."""
+    torch = sys.modules.get("torch")
+    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone = joined and not isinstance(failure, (ConfigError, Stopped))
+    if rank() == 0 or alone:
+        where = f"[rank {rank()}] " if rank() else ""
+        print(f"{where}{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+
+
+def _usage(job: str, schema: type[S]) -> str:
     return (
         f"{job}: CONFIG.yaml [dotted.key=value ...] [--dry-run]\n\n"
-        f"  --dry-run  resolve, validate, print the plan, write nothing\n\n{exits}\n\n"
+        f"  --dry-run  resolve, validate, print the plan, write nothing\n\n{_EXIT_CODES}\n\n"
         f"Keys of the config:\n{describe_keys(schema)}"
     )
 
@@ -107,5 +134,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*weight_norm.*")
     warnings.filterwarnings("ignore", message=".*pynvml.*")
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

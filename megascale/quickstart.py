@@ -2,9 +2,11 @@
 same recipes as the launch scripts; every stage is finished at most once, so the same command goes on where it stopped.
 """
 
+import contextlib
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import megascale
-from megascale import report, storage
+from megascale import report, run_folder, storage
 from megascale.config import Section, load_config
 from megascale.corpora import CorpusSizes, write_corpora
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
@@ -28,9 +30,11 @@ from megascale.downstream.protocols import TaskConfig, classes_of, split_clips
 from megascale.downstream.table1 import LabelledTokens, Table1Config
 from megascale.errors import ConfigError, DataError, MegascaleError, Stopped
 from megascale.log import Progress, duration, say
-from megascale.tasks import finetune, run_folder
+from megascale.storage import StorageConfig
+from megascale.tasks import finetune
 from megascale.tasks.pretrain import PretrainConfig
 from megascale.tokenize import audio, job
+from megascale.tokenize.plan import TokenizeConfig, codec_url
 from megascale.tokenize.sources import SourceConfig, list_recordings
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +85,9 @@ def run(config: QuickstartConfig) -> None:
     root = storage.local_path(config.output.url)
     for recipe in (config.recipes.tokenize, config.recipes.pretrain, config.recipes.table1):
         if not _recipe(recipe).exists():
-            raise ConfigError(f"quickstart.recipes: {_recipe(recipe)}: no such file; run from a checkout of the project")
+            raise ConfigError(
+                f"quickstart.recipes: {_recipe(recipe)}: no such file; run from a checkout of the project"
+            )
     run_folder.check_config(root, config, "quickstart", ("ranks",))
     _stage(1, "audio")
     sources = _own_sources(config.data) if config.data else _synthesise(config, root)
@@ -93,13 +99,11 @@ def run(config: QuickstartConfig) -> None:
     _stage(4, "fine-tuning: scratch, ft, ft_aug at each bitrate")
     rows, budget = _rows(config, tokens)
     checkpoints = {result["bitrate_kbps"]: result["checkpoint"] for result, _ in runs}
-    table = {"cells": [], "summary": []}
+    table: dict[str, Any] = {"cells": [], "summary": []}
     if rows:
-        output = str(root / "table1")
-        seeds = [config.seed]
-        table = table1.run_cells(
-            rows, checkpoints, budget, seeds, output, finetune.FinetuneConfig, finetune.run
-        )
+        cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.run)
+        output, stores = str(root / "table1"), StorageConfig()
+        table = table1.run_cells(rows, checkpoints, budget, [config.seed], output, stores, cell)
     else:
         say("no labels: the files do not lie in two or more folders of at least 5, so there is nothing to classify")
     _stage(5, "baselines: log-mel statistics, logistic regression")
@@ -165,12 +169,9 @@ def _tokenise(config: QuickstartConfig, root: Path, sources: dict[str, SourceCon
         overrides = [f"{key}={json.dumps(value)}" for key, value in _flat_source(source).items()]
         overrides += [f"output.url={tokens[name]}", f"codec.seed={config.seed}"]
         overrides += [f"codec.weights={codec}"] if codec else []
-        made = load_config(job.TokenizeConfig, "tokenize", str(_recipe(config.recipes.tokenize)), overrides)
+        made = load_config(TokenizeConfig, "tokenize", str(_recipe(config.recipes.tokenize)), overrides)
         job.run(made)
-        if made.codec.weights == job.CALIBRATE:
-            codec = storage.join(tokens[name], job.CODEC_FILE)
-        else:
-            codec = made.codec.weights
+        codec = codec_url(made)
     return tokens
 
 
@@ -193,12 +194,29 @@ def _pretrain(config: QuickstartConfig, root: Path, tokens: str, kbps: float) ->
     command += ["--master_port", str(_free_port()), "--log_level", "error"]
     command += [str(_ROOT / "launch" / "pretrain.py"), recipe, *overrides]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False)
+    code = _run_group(command, {**os.environ, "OMP_NUM_THREADS": threads})
     result = run_folder.read_result(folder)
-    if done.returncode != 0 or result is None:
-        error = Stopped if done.returncode == Stopped.exit_code else MegascaleError
-        raise error(f"{folder}: pretraining ended with exit code {done.returncode}; run the same command to go on")
+    if code != 0 or result is None:
+        error = Stopped if code == Stopped.exit_code else MegascaleError
+        raise error(f"{folder}: pretraining ended with exit code {code}; run the same command to go on")
     return result, folder
+
+
+def _run_group(command: list[str], environment: dict[str, str]) -> int:
+    """Run a launcher and its ranks; if this process is stopped, so are they, and they have time to save."""
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return launcher.wait()
+    except BaseException:
+        # the launcher alone would leave its ranks behind
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGTERM)
+            for _ in range(600):
+                launcher.poll()
+                os.killpg(launcher.pid, 0)
+                time.sleep(0.1)
+            os.killpg(launcher.pid, signal.SIGKILL)
+        raise
 
 
 def _fit_to_corpus(config: PretrainConfig, ranks: int) -> list[str]:
@@ -271,15 +289,15 @@ def _summarise(
     wall_seconds: float,
 ) -> dict[str, Any]:
     means = {
-        arm: float(np.mean([s["accuracy"] for s in table["summary"] if s["arm"] == arm])) if table["summary"] else None
-        for arm in table1.ARMS
+        arm: float(np.mean([s["accuracy"] for s in table["summary"] if s["arm"] == arm]))
+        for arm in dict.fromkeys(s["arm"] for s in table["summary"])
     }
     ours = {r["bitrate_kbps"]: r["validation"] for r, _ in runs}
     return {
         "cells": table["summary"],
         "baselines": found,
         "mean_accuracy": means,
-        "verdict": _verdict(means, found, table),
+        "verdict": _verdict(means, found),
         "pretraining": [result for result, _ in runs],
         "above_unigram_q0": {
             f"{kbps:g}": v["valid/acc_q0"] > v["valid/unigram_acc_q0"] if v else None for kbps, v in ours.items()
@@ -291,9 +309,9 @@ def _summarise(
     }
 
 
-def _verdict(means: dict[str, float | None], found: dict[str, Any], table: dict[str, Any]) -> str:
+def _verdict(means: dict[str, float], found: dict[str, Any]) -> str:
     """Say in plain words whether pretraining helped."""
-    if means["scratch"] is None or means["ft"] is None or means["ft_aug"] is None:
+    if not means:
         return "nothing was classified"
     parts = []
     for arm in ("ft", "ft_aug"):
@@ -301,7 +319,7 @@ def _verdict(means: dict[str, float | None], found: dict[str, Any], table: dict[
         word = "above" if gain > 0 else "NOT above"
         parts.append(f"{arm} is {word} scratch in the mean ({gain:+.1f} points)")
     log_mel = float(np.mean([b["log-mel logistic regression"]["accuracy"] for b in found.values()]))
-    best = 100 * max(m for m in means.values() if m is not None)
+    best = 100 * max(means.values())
     word = "above" if best > 100 * log_mel else "below"
     parts.append(f"the best arm's mean, {best:.1f}%, is {word} the log-mel baseline's {100 * log_mel:.1f}%")
     return "; ".join(parts) + ". One seed: differences of a few points mean nothing."
@@ -309,7 +327,13 @@ def _verdict(means: dict[str, float | None], found: dict[str, Any], table: dict[
 
 def _terminal_table(summary: dict[str, Any]) -> Table:
     table = Table(title="accuracy % (macro-F1 %)")
-    for column, justify in (("dataset", "left"), ("type", "left"), ("1.5 kbps", "right"), ("12 kbps", "right"), ("n", "right")):
+    for column, justify in (
+        ("dataset", "left"),
+        ("type", "left"),
+        ("1.5 kbps", "right"),
+        ("12 kbps", "right"),
+        ("n", "right"),
+    ):
         table.add_column(column, justify="right" if justify == "right" else "left")
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in summary["cells"]}
     for task in dict.fromkeys(s["task"] for s in summary["cells"]):

@@ -21,18 +21,20 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { margin-top: 2.4rem; border-bottom: 1px solid #d8dce2 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .7rem; border-bottom: 1px solid #e4e7eb }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } tr.group td { border-top: 2px solid #9aa4b2 }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+tr.group td { border-top: 2px solid #9aa4b2 }
 img { max-width: 100%; height: auto } .note { background: #f4f6f8; border-left: 4px solid #9aa4b2; padding: .6rem 1rem }
 small { color: #5a6472 } code { background: #f0f2f4; padding: 0 .25rem }
 """
+PAGE = "report.html"
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c4661f", "#8a94a3"
 
 
 class Page:
-    """Collects sections and pictures, then writes `report.html` and the PNGs."""
+    """Collects sections and pictures, then writes one HTML file and the PNGs."""
 
-    def __init__(self, title: str, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, title: str, folder: Path, file_name: str = PAGE) -> None:
+        self._folder, self._file_name = folder, file_name
         self._parts = [f"<h1>{html.escape(title)}</h1>"]
         self._title = title
 
@@ -40,7 +42,7 @@ class Page:
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str, note: bool = False) -> None:
-        self._parts.append(f'<p{" class=note" if note else ""}>{html.escape(text)}</p>')
+        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
         """Add a table; a row whose first cell is not empty begins a group."""
@@ -61,19 +63,26 @@ class Page:
         self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
     def write(self) -> Path:
-        path = self._folder / "report.html"
+        path = self._folder / self._file_name
         head = f"<meta charset=utf-8><title>{html.escape(self._title)}</title><style>{_STYLE}</style>"
         page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(self._parts)}</body></html>"
-        storage.publish_bytes(str(path), page.encode())
+        # a file name need not be UTF-8; Python keeps such bytes as lone surrogates
+        storage.publish_bytes(str(path), page.encode("utf-8", "backslashreplace"))
         return path
 
 
 def write_pretrain_report(run_url: str, result: dict[str, Any]) -> None:
     """Write the page of a pretraining run: loss curves, and accuracy per codebook beside the unigram baseline."""
     folder = storage.local_path(run_url)
+    if _is_newer(folder / PAGE, folder / "result.json"):
+        return  # a finished run that was started again
     page = Page(f"Pretraining at {result['bitrate_kbps']:g} kbps", folder)
     add_pretraining(page, [(result, folder)])
     say(f"report: {page.write()}")
+
+
+def _is_newer(page: Path, result: Path) -> bool:
+    return page.exists() and result.exists() and page.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
 
 def add_pretraining(page: Page, runs: Sequence[tuple[dict[str, Any], Path]]) -> None:
@@ -107,7 +116,8 @@ def _loss_curves(runs: Sequence[tuple[dict[str, Any], Path]]) -> Figure:
             if points:
                 ax.plot(*zip(*points, strict=True), label=label, **style)
         ax.set(title=f"{result['bitrate_kbps']:g} kbps", xlabel="step", ylabel="loss (nats, mean over codebooks)")
-        ax.legend(frameon=False)
+        if ax.lines:
+            ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -155,8 +165,8 @@ def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baseline
     rows += _baseline_rows(baselines.get(previous or "", {}), bool(paper))
     page.table(header, rows, text_columns=2)
     page.text(
-        "Percent, 95% interval in brackets: Wilson's over the test recordings where there is one seed, Student's t over "
-        "seeds otherwise. Learning rates were chosen on the validation split, for every arm from the same grid."
+        "Percent, 95% interval in brackets: Wilson's over the test recordings where there is one seed, Student's t "
+        "over seeds otherwise. Learning rates were chosen on the validation split, for every arm from the same grid."
     )
 
 
@@ -204,10 +214,11 @@ def _confusions(task: str, cells: dict[tuple[str, float], dict[str, Any]]) -> Fi
             color = "white" if shares[i, j] > 0.6 else "black"
             ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
         ax.set_title(f"{task}, {arm}, {kbps:g} kbps: {100 * cell['accuracy']:.0f}%", fontsize=10)
-        places = range(len(cell["classes"]))
+        classes = [_printable(name, 24) for name in cell["classes"]]
+        places, none = range(len(classes)), [""] * len(classes)
         # outer labels are enough; inner ones would shrink the matrices
-        ax.set_xticks(places, cell["classes"] if row == len(bitrates) - 1 else [""] * len(places), rotation=90, fontsize=7)
-        ax.set_yticks(places, cell["classes"] if column == 0 else [""] * len(places), fontsize=7)
+        ax.set_xticks(places, classes if row == len(bitrates) - 1 else none, rotation=90, fontsize=7, parse_math=False)
+        ax.set_yticks(places, classes if column == 0 else none, fontsize=7, parse_math=False)
     for row in range(len(bitrates)):
         axes[row][0].set_ylabel("truth")
     for ax in axes[-1]:
@@ -223,21 +234,32 @@ def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -
         seconds = codes_QT.shape[1] / FRAMES_PER_SECOND
         top_khz = SAMPLE_RATE_HZ / 2000
         axes[0][i].imshow(spectrogram_MF, origin="lower", aspect="auto", extent=(0, seconds, 0, top_khz), cmap="magma")
-        axes[0][i].set_title(title, fontsize=10)
+        axes[0][i].set_title(_printable(title, 48), fontsize=10, parse_math=False)
         axes[0][i].set_yticks([0, top_khz], ["0", f"{top_khz:g} kHz (mel)"], fontsize=8)
         axes[1][i].imshow(
-            codes_QT, aspect="auto", extent=(0, seconds, len(codes_QT) - 0.5, -0.5), cmap="nipy_spectral",
-            interpolation="nearest", vmin=0, vmax=1023,
+            codes_QT,
+            aspect="auto",
+            extent=(0, seconds, len(codes_QT) - 0.5, -0.5),
+            cmap="nipy_spectral",
+            interpolation="nearest",
+            vmin=0,
+            vmax=1023,
         )
         axes[1][i].set_xlabel("seconds")
     axes[1][0].set_ylabel("codebook")
     page.picture("clips", figure, "spectrograms and tokens of example clips")
 
 
+def _printable(text: str, length: int) -> str:
+    """Cut a name, UTF-8 or not, to what a picture can show. It may hold `$`, so show it with parse_math off."""
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return shown if len(shown) <= length else shown[: length - 1] + "…"
+
+
 def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str, Any]) -> None:
-    """Write the page of a table1 job: the table beside the paper's, and confusion matrices."""
+    """Write `table1.html`: the table beside the paper's, and confusion matrices."""
     folder = storage.local_path(folder_url)
-    page = Page("Table 1", folder)
+    page = Page("Table 1", folder, "table1.html")
     add_table(page, table, paper, {})
     page.heading("Confusion matrices")
     add_confusions(page, table)

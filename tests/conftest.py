@@ -9,8 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from megascale.tokenize.codec import Codec, calibrate  # noqa: E402
-from support import tone  # noqa: E402
+from support import tone
+
+from megascale.tokenize.codec import Codec, calibrate
 
 
 @pytest.fixture(scope="session")

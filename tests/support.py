@@ -7,9 +7,13 @@ import soundfile
 
 from megascale import storage
 from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
+from megascale.model.config import ModelConfig
+from megascale.model.mega_audioformer import MegaAudioFormer
+from megascale.seeding import torch_generator
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
 from megascale.tokenize.sources import Clip
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, model_name
+from megascale.train.checkpoint import write_model
 
 FINGERPRINT = "ab" * 32
 
@@ -82,3 +86,23 @@ def write_token_folder(
     )
     storage.publish_bytes(str(folder / MANIFEST), manifest.model_dump_json().encode())
     return list(made)
+
+
+def write_paced_tokens(folder: Path, num_clips: int, num_codebooks: int = 16, fingerprint: str = FINGERPRINT) -> None:
+    """Write a token folder that can be learned: a clip counts up from its start, `low` clips by 3 and `high` ones by 7."""
+    rng = np.random.default_rng(11)
+    start_N = rng.integers(0, 64, num_clips)
+    pace_N = np.where(np.arange(num_clips) % 2 == 0, 3, 7)
+    codes_NT = (start_N[:, None] + pace_N[:, None] * np.arange(75)) % 64
+    codes_NQT = np.stack([(codes_NT + 11 * q) % 64 for q in range(num_codebooks)], axis=1)
+    write_token_folder(folder, num_clips, fingerprint=fingerprint, codes=codes_NQT)
+
+
+def write_pretrained(folder: Path, num_codebooks: int, fingerprint: str = FINGERPRINT) -> None:
+    """Write the `model/` of a tiny pretrained encoder with first weights."""
+    config = ModelConfig(layers=1, width=32, heads=2, mlp_width=64, local_layers=1, local_width=16, local_heads=1)
+    model = MegaAudioFormer(config, num_codebooks, torch_generator(0, "test"))
+    name = model_name(fingerprint, published=False)
+    codec = CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=16)
+    facts = {"model": config.model_dump(), "num_codebooks": num_codebooks, "codec": codec.model_dump()}
+    write_model(folder, {k: v.detach().clone() for k, v in model.named_parameters()}, facts)

@@ -10,7 +10,8 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,8 +28,12 @@ from megascale.data.transforms import DropConfig, MaskConfig, draw_crop, draw_dr
 from megascale.errors import DataError
 from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, codebooks_for
 
+# a mapping holds a file descriptor, and a process may have no more than 1024 of them, or 256
+_MAX_MAPPED = 128
+
 X = TypeVar("X")
 Batch = dict[str, Tensor]
+Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes_TQ, positions_T, masked_TQ
 
 
 class DataConfig(Section):
@@ -37,9 +42,11 @@ class DataConfig(Section):
     url: str = Field(description="token folder, as launch/tokenize_audio.py made it")
     bitrate_kbps: float = Field(1.5, description="read so many kbps of what is stored: 1.5 is Q=2, 12 is Q=16")
     clip_seconds: float = Field(10.0, gt=0, description="random crop of longer clips; shorter ones are padded")
-    valid_share: float = Field(0.02, ge=0, lt=1, description="share of clips held out for validation, by hash of the key")
-    streams: int | None = Field(None, ge=1, description="ranges read side by side; null: largest divisor of the batch <= 64")
-    cache: str | None = Field(None, description="local folder for shards of a remote token folder; null: a temporary one")
+    valid_share: float = Field(0.02, ge=0, lt=1, description="share of clips held out for validation, by hash of key")
+    streams: int | None = Field(
+        None, ge=1, description="ranges read side by side; null: largest divisor of batch <= 64"
+    )
+    cache: str | None = Field(None, description="local folder for shards of a remote token folder; null: temporary")
 
 
 class TokenFolder:
@@ -59,7 +66,8 @@ class TokenFolder:
         self.shards = self.manifest.shards
         self.members = [(n, member) for n, index in enumerate(indexes) for member in index.clips]
         self._cache = cache
-        self._open: dict[int, mmap.mmap] = {}
+        self._checked: set[int] = set()
+        self._shard = lru_cache(maxsize=_MAX_MAPPED)(self._map_shard)
 
     def codes(self, clip: int) -> np.ndarray:
         """Return codes_QT of one clip, int16. Raises DataError or TokenError if its shard is not what was committed."""
@@ -69,23 +77,23 @@ class TokenFolder:
         where = f"{storage.join(self.url, self.shards[shard].name)}:{member.key}.ecdc"
         return read_codes(stream, where, self.manifest.codec, self.num_codebooks)
 
-    def _shard(self, number: int) -> mmap.mmap:
-        if number not in self._open:
-            path = _local_shard(self.url, self.shards[number], self._cache)
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hashlib.sha256(data).hexdigest() != self.shards[number].sha256:
+    def _map_shard(self, number: int) -> mmap.mmap:
+        facts = self.shards[number]
+        path = _local_shard(self.url, facts, self._cache)
+        if not path.is_file() or path.stat().st_size != facts.size:
+            raise DataError(f"{path}: missing, or not the size that the manifest says")
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if number not in self._checked:
+            if hashlib.sha256(data).hexdigest() != facts.sha256:
                 raise DataError(f"{path}: its sha256 is not the one in the manifest; the shard was changed or damaged")
-            self._open[number] = data
-        return self._open[number]
+            self._checked.add(number)
+        return data
 
 
 def _local_shard(url: str, facts: ShardFacts, cache: str | None) -> Path:
     if storage.is_local(url):
-        path = storage.local_path(url) / facts.name
-        if not path.is_file() or path.stat().st_size != facts.size:
-            raise DataError(f"{path}: missing, or not the size that the manifest says")
-        return path
+        return storage.local_path(url) / facts.name
     folder = cache or os.path.join(tempfile.gettempdir(), f"megascale-{os.getuid()}")
     path = Path(folder) / f"{facts.sha256}.tar"
     if not path.exists():
@@ -123,7 +131,7 @@ class PretrainBatches:
         return [self._micro(epoch, clips[i : i + self._micro_batch], drop_share) for i in starts]
 
     def _micro(self, epoch: int, clips: np.ndarray, drop_share: float) -> Batch:
-        rows = []
+        rows: list[Row] = []
         for clip in clips:
             key = self._folder.members[clip][1].key
             rng = seeding.generator(self._order.seed, "clip", epoch, key)
@@ -140,12 +148,12 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield the held-out clips with masks that are the same at every validation, and nothing dropped."""
     crop_frames = max(1, round(config.clip_seconds * FRAMES_PER_SECOND))
-    rows = []
+    rows: list[Row] = []
     for clip in clips:
         rng = seeding.generator(seed, "valid", folder.members[clip][1].key)
         codes_TQ = folder.codes(int(clip)).T
         codes_TQ = codes_TQ[draw_crop(len(codes_TQ), crop_frames, rng)]
-        rows.append((codes_TQ, np.arange(len(codes_TQ)), draw_mask(*codes_TQ.shape, mask, rng)))
+        rows.append((codes_TQ, np.arange(len(codes_TQ)), draw_mask(len(codes_TQ), codes_TQ.shape[1], mask, rng)))
         if len(rows) == micro_batch:
             yield collate(rows)
             rows = []
@@ -153,8 +161,8 @@ def validation_batches(
         yield collate(rows)
 
 
-def collate(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> Batch:
-    """Stack clips (codes_TQ, positions_T, masked_TQ or None) into a batch.
+def collate(rows: Sequence[Row]) -> Batch:
+    """Stack clips into a batch.
 
     Returns:
         `codes_BTQ` and `positions_BT` int64, `masked_BTQ` bool where given, and, only if the lengths differ, `valid_BT`
@@ -184,8 +192,8 @@ def split_held_out(folder: TokenFolder, valid_share: float) -> tuple[np.ndarray,
     Returns:
         Training clips and held-out clips (numbers in the folder), and the training clips' count per shard.
     """
-    held = np.array([seeding.hash_share("held out", member.key) < valid_share for _, member in folder.members])
-    shard_of = np.array([shard for shard, _ in folder.members])
+    held = np.array([seeding.hash_share("held out", member.key) < valid_share for _, member in folder.members], bool)
+    shard_of = np.array([shard for shard, _ in folder.members], int)
     train, valid = np.flatnonzero(~held), np.flatnonzero(held)
     sizes = np.bincount(shard_of[train], minlength=len(folder.shards))
     return train, valid, tuple(int(n) for n in sizes)

@@ -26,9 +26,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.global_batch % self.streams:
-            raise ConfigError(
-                f"data.streams={self.streams}: must divide train.global_batch={self.global_batch}"
-            )
+            raise ConfigError(f"data.streams={self.streams}: must divide train.global_batch={self.global_batch}")
         if self.batches_per_epoch < 1:
             raise DataError(
                 f"train.global_batch={self.global_batch}: the corpus has only {self.num_clips} clips to train on"

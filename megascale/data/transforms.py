@@ -6,7 +6,7 @@ T frames, Q codebooks.
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megascale.config import Section
 
@@ -15,7 +15,7 @@ class MaskConfig(Section):
     """Which tokens are hidden. Every kind hides the same number of tokens of each codebook: shapes stay static."""
 
     kind: Literal["token", "frame", "span"] = Field(
-        "token", description="token: each codebook draws its own frames; frame: whole frames; span: runs of whole frames"
+        "token", description="token: every codebook draws its own frames; frame: whole frames; span: runs of them"
     )
     ratio: float = Field(0.25, gt=0, lt=1, description="share of tokens hidden (paper: 0.25)")
     span_frames: int = Field(10, ge=1, description="span: length of a run")
@@ -29,6 +29,12 @@ class DropConfig(Section):
     max_share: float = Field(0.3, ge=0, lt=1, description="longest run, as a share of the clip")
     close_gap: bool = Field(False, description="renumber frames after the drop instead of keeping their positions")
 
+    @model_validator(mode="after")
+    def _shares_are_ordered(self) -> "DropConfig":
+        if self.min_share > self.max_share:
+            raise ValueError(f"min_share={self.min_share} must not be above max_share={self.max_share}")
+        return self
+
 
 def draw_crop(num_frames: int, crop_frames: int, rng: np.random.Generator) -> slice:
     """Return a random stretch of `crop_frames`, or the whole clip if it is no longer than that."""
@@ -41,7 +47,7 @@ def draw_crop(num_frames: int, crop_frames: int, rng: np.random.Generator) -> sl
 def draw_drop_share(config: DropConfig, rng: np.random.Generator) -> float:
     """Return the share of frames that this batch loses: one draw per batch, so that its clips stay equally long."""
     dropped = rng.random() < config.p
-    share = rng.uniform(config.min_share, max(config.min_share, config.max_share))
+    share = rng.uniform(config.min_share, config.max_share)
     return float(share) if dropped else 0.0
 
 
@@ -55,8 +61,8 @@ def draw_kept_frames(num_frames: int, share: float, rng: np.random.Generator) ->
 def draw_mask(num_frames: int, num_codebooks: int, config: MaskConfig, rng: np.random.Generator) -> np.ndarray:
     """Draw which tokens to hide: masked_TQ bool, True = predict.
 
-    Each codebook hides max(1, round(ratio x T)) frames. `token` draws them for each codebook apart, `frame` the same for
-    all, `span` the same for all in runs. (paper, section 3: 25% of the input tokens)
+    Each codebook hides max(1, round(ratio x T)) frames. `token` draws them for each codebook apart, `frame` the same
+    for all, `span` the same for all in runs. (paper, section 3: 25% of the input tokens)
     """
     count = max(1, round(config.ratio * num_frames))
     masked_TQ = np.zeros((num_frames, num_codebooks), dtype=bool)
@@ -71,12 +77,15 @@ def draw_mask(num_frames: int, num_codebooks: int, config: MaskConfig, rng: np.r
 
 
 def _span_frames(num_frames: int, count: int, span: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose exactly `count` frames in runs of `span`; the last run is shorter where it must be."""
+    """Choose exactly `count` frames in runs of `span`; the last run is shorter where it must be.
+
+    A run that passes the end goes on at the start: else the first frames, which few runs reach, are rarely chosen.
+    """
     chosen = np.zeros(num_frames, dtype=bool)
     for start in rng.permutation(num_frames):
         room = count - int(chosen.sum())
         if room == 0:
             break
-        run = np.arange(start, min(start + span, num_frames))
+        run = (start + np.arange(min(span, num_frames))) % num_frames
         chosen[run[~chosen[run]][:room]] = True
     return np.flatnonzero(chosen)

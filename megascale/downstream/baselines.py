@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from megascale.downstream.protocols import score
-from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, num_frames
 
 _WINDOW = 1024
 _MELS = 64
@@ -19,10 +19,15 @@ _STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 
 
 def log_mel(audio_S: np.ndarray) -> np.ndarray:
-    """Return the log-mel spectrogram of 24 kHz mono audio, float32 (M, F), one frame per codec frame."""
-    padded = np.pad(audio_S, (_WINDOW // 2, _WINDOW // 2 + SAMPLES_PER_FRAME))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::SAMPLES_PER_FRAME]
-    power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), axis=1)) ** 2
+    """Return the log-mel spectrogram of 24 kHz mono audio, float32 (M, F), one frame per codec frame.
+
+    A frame's window is centred on the 320 samples of the codec's frame.
+    """
+    count = num_frames(len(audio_S))
+    before = (_WINDOW - SAMPLES_PER_FRAME) // 2
+    after = (count - 1) * SAMPLES_PER_FRAME + _WINDOW - before - len(audio_S)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(audio_S, (before, after)), _WINDOW)[::SAMPLES_PER_FRAME]
+    power = np.abs(np.fft.rfft(windows * np.hanning(_WINDOW), axis=1)) ** 2
     return np.log(_mel_filters() @ power.T + 1e-6).astype(np.float32)
 
 

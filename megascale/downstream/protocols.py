@@ -1,10 +1,11 @@
 """Splits and scores: who is trained on, who chooses the model, who is tested, and what counts as good.
 
-Everything is decided by recording: windows of one recording never lie on two sides, and they are averaged before scoring.
+Everything is decided by recording: windows of one recording never lie on two sides, and they are averaged before
+scoring.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from megascale.config import Section
 from megascale.data.index import StoredClip
 from megascale.errors import DataError
 
+T = TypeVar("T")
 Splits = dict[str, list[int]]
 SPLITS = ("train", "valid", "test")
 _PAPER_SHARES = (0.1, 0.1)
@@ -26,7 +28,7 @@ class TaskConfig(Section):
     label: str = Field(description="which label of the clips: genre, instrument_family_str, class, ...")
     protocol: Literal["official", "paper", "stratified"] = Field(
         "paper",
-        description="official: the corpus's own splits; paper: random stratified 80/10/10; stratified: the shares below",
+        description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below",
     )
     valid_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that chooses the model")
     test_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that is tested")
@@ -39,11 +41,17 @@ class TaskConfig(Section):
 
 
 def classes_of(clips: Sequence[StoredClip], label: str) -> list[str]:
-    """Return the classes, sorted. Raises DataError if a clip lacks the label, or there are fewer than two classes."""
+    """Return the classes, sorted.
+
+    Raises:
+        DataError: a clip lacks the label or carries several values of it, or there are fewer than two classes.
+    """
     for clip in clips:
         if label not in clip.labels:
             known = ", ".join(sorted(clip.labels)) or "none"
             raise DataError(f"{clip.source}: has no label {label!r} (task.label); its labels: {known}")
+        if isinstance(clip.labels[label], list | dict):
+            raise DataError(f"{clip.source}: task.label={label} holds several values; a clip needs one class")
     names = sorted({str(clip.labels[label]) for clip in clips})
     if len(names) < 2:
         raise DataError(f"task.label={label}: {len(names)} class; a classifier needs at least two")
@@ -51,44 +59,53 @@ def classes_of(clips: Sequence[StoredClip], label: str) -> list[str]:
 
 
 def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int) -> Splits:
-    """Split clips by protocol.
+    """Split clips by protocol. Which side a recording lies on doesn't depend on the order of the clips.
 
     Returns:
         `train`, `valid` and `test`: positions in `clips`.
 
     Raises:
-        DataError: a split would be empty, or (official) the corpus has no splits.
+        DataError: a split would be empty, a recording carries two classes, or (official) lies on two sides.
     """
+    class_of = _one_each(clips, [str(clip.labels[config.label]) for clip in clips], f"labelled ({config.label})")
     if config.protocol == "official":
-        splits = {name: [i for i, clip in enumerate(clips) if clip.split == name] for name in SPLITS}
+        side = _one_each(clips, [clip.split for clip in clips], "in the splits")
     else:
         shares = _PAPER_SHARES if config.protocol == "paper" else (config.valid_share, config.test_share)
-        side = _stratified(clips, config.label, shares, seed)
-        splits = {name: [i for i, clip in enumerate(clips) if side[clip.recording] == name] for name in SPLITS}
+        side = dict(_stratified(class_of, shares, seed))
+    splits = {name: [i for i, clip in enumerate(clips) if side[clip.recording] == name] for name in SPLITS}
     for name, members in splits.items():
         if not members:
-            raise DataError(f"task.protocol={config.protocol}: the {name} split is empty ({len(clips)} clips in all)")
+            known = ", ".join(sorted({clip.split for clip in clips if clip.split})) or "none"
+            hint = f"; the corpus's own splits: {known}" if config.protocol == "official" else ""
+            raise DataError(
+                f"task.protocol={config.protocol}: the {name} split is empty ({len(clips)} clips in all){hint}"
+            )
     return splits
 
 
-def _stratified(
-    clips: Sequence[StoredClip], label: str, shares: tuple[float, float], seed: int
-) -> dict[str, str]:
-    by_class: dict[str, list[str]] = {}
-    for clip in clips:
-        recordings = by_class.setdefault(str(clip.labels[label]), [])
-        if clip.recording not in recordings[-1:]:
-            recordings.append(clip.recording)
-    side: dict[str, str] = {}
-    for name, found in by_class.items():
-        recordings = sorted(set(found))
+def _one_each(clips: Sequence[StoredClip], values: Sequence[T], what: str) -> dict[str, T]:
+    """Return each recording's value; its windows must agree."""
+    found: dict[str, T] = {}
+    for clip, value in zip(clips, values, strict=True):
+        first = found.setdefault(clip.recording, value)
+        if first != value:
+            raise DataError(
+                f"{clip.source}: windows of recording {clip.recording!r} are {what} {first!r} and {value!r}"
+            )
+    return found
+
+
+def _stratified(class_of: dict[str, str], shares: tuple[float, float], seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (recording, side), the same shares of every class."""
+    for name in sorted(set(class_of.values())):
+        recordings = sorted(recording for recording, found in class_of.items() if found == name)
         valid, test = (max(1, round(share * len(recordings))) for share in shares)
         if valid + test >= len(recordings):
             raise DataError(f"class {name!r}: {len(recordings)} recordings are too few to train, choose and test with")
         order = seeding.generator(seed, "split", name).permutation(len(recordings))
         for place, i in enumerate(order):
-            side[recordings[i]] = "valid" if place < valid else "test" if place < valid + test else "train"
-    return side
+            yield recordings[i], "valid" if place < valid else "test" if place < valid + test else "train"
 
 
 def average_windows(

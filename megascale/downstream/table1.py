@@ -6,6 +6,7 @@ and bitrate apart. The job that trains one classifier is handed in, because this
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import numpy as np
 import scipy.stats
 from pydantic import Field, model_validator
 
-from megascale import storage
+from megascale import run_folder, storage
 from megascale.config import Section, validate
 from megascale.downstream.protocols import TaskConfig
 from megascale.errors import MegascaleError
 from megascale.log import Progress, say
+from megascale.stopping import StopSignal
 from megascale.storage import StorageConfig
 
+TABLE = "table1.json"
 ARMS = ("scratch", "ft", "ft_aug")
 BITRATES_KBPS = (1.5, 12.0)
 # accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
@@ -80,9 +83,18 @@ class CellsConfig(Section):
 
     lrs: list[float] = Field([3e-5, 1e-4, 3e-4], min_length=1, description="learning rates tried by every arm")
     finetune: dict[str, Any] = Field(
-        {}, description="sections train, optim and drop of a finetune config, the same for every cell"
+        {}, description="sections train, optim, drop and zero of a finetune config, the same for every cell"
     )
     gpus_each: float = Field(0, ge=0, description="GPUs per run; 0 runs on CPUs, one thread a run")
+
+    @model_validator(mode="after")
+    def _finetune_is_a_budget(self) -> "CellsConfig":
+        wrong = sorted(set(self.finetune) - {"train", "optim", "drop", "zero"})
+        if wrong:
+            raise ValueError(f"finetune.{wrong[0]}: the table sets it; only train, optim, drop and zero may stand here")
+        if "lr" in (self.finetune.get("optim") or {}):
+            raise ValueError("finetune.optim.lr: the rates are cells.lrs")
+        return self
 
 
 class Table1Config(Section):
@@ -124,7 +136,19 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.task.name}-{self.bitrate_kbps:g}kbps-{self.arm}-seed{self.seed}-lr{self.lr:g}"
+        return f"{self.task.name}-{self.bitrate_kbps:g}kbps-{self.arm}-seed{self.seed}-lr{self.lr!r}"
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """The job that trains one cell; handed in, because this file must not import a task.
+
+    schema: its config class. check: raises what is wrong with a config's inputs. run: (config, quiet=True) -> result.
+    """
+
+    schema: type[Any]
+    check: Callable[[Any], Any]
+    run: Callable[..., dict[str, Any]]
 
 
 def rows_of(config: Table1Config) -> list[LabelledTokens]:
@@ -133,26 +157,35 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
     return [LabelledTokens(name, getattr(config.data, name), getattr(config.tasks, name)) for name in names]
 
 
-def describe_plan(config: Table1Config) -> str:
+def describe_plan(config: Table1Config, job: CellJob) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
+    storage.configure(config.storage)
     cells = _cells(rows_of(config), config.seeds, config.cells)
-    return f"{len(cells)} fine-tuning runs ({len(cells) // len(config.cells.lrs)} cells x {len(config.cells.lrs)} rates) -> {config.output.url}"
+    _configs(cells, _checkpoints(config), config.cells, config.output.url, config.storage, job)
+    rates = len(config.cells.lrs)
+    return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
-def run(config: Table1Config, schema: type[Any], finetune: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Make the paper's table; finished runs are not repeated.
-
-    Args:
-        config: the job.
-        schema: config class of one fine-tuning run.
-        finetune: trains and scores one classifier: (config, quiet=True) -> result.
+def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
+    """Make the paper's table; finished runs are not repeated, and a finished table is not made again.
 
     Returns:
         The table, as `table1.json` holds it.
+
+    Raises:
+        ConfigError, DataError, TokenError, CheckpointError: bad input, or a cell could not be trained.
+        Stopped: SIGTERM came; finished cells stay.
     """
     storage.configure(config.storage)
-    checkpoints = {1.5: config.checkpoints.kbps_1k5, 12.0: config.checkpoints.kbps_12k}
-    return run_cells(rows_of(config), checkpoints, config.cells, config.seeds, config.output.url, schema, finetune)
+    path = storage.local_path(config.output.url)
+    run_folder.check_config(path, config, "table1", ("storage.",))
+    if (path / TABLE).exists():
+        say(f"{path / TABLE}: already done")
+        return dict(json.loads((path / TABLE).read_text(encoding="utf-8")))
+    describe_plan(config, job)  # checks every input before anything is written
+    run_folder.write_config(path, config)
+    checkpoints, output = _checkpoints(config), config.output.url
+    return run_cells(rows_of(config), checkpoints, config.cells, config.seeds, output, config.storage, job)
 
 
 def run_cells(
@@ -161,19 +194,38 @@ def run_cells(
     budget: CellsConfig,
     seeds: Sequence[int],
     output_url: str,
-    schema: type[Any],
-    finetune: Callable[..., dict[str, Any]],
+    stores: StorageConfig,
+    job: CellJob,
 ) -> dict[str, Any]:
     """Train every cell of a table of any tasks, choose learning rates, write table1.json and table1.md."""
     cells = _cells(rows, seeds, budget)
-    trees = [_finetune_tree(cell, checkpoints, budget, output_url) for cell in cells]
-    configs = [validate(schema, "table1.cells.finetune", tree) for tree in trees]
-    results = _fan_out(configs, finetune, budget.gpus_each)
+    configs = _configs(cells, checkpoints, budget, output_url, stores, job)
+    results = _fan_out(configs, job, budget.gpus_each)
     table = _choose(rows, list(zip(cells, results, strict=True)))
-    storage.publish_bytes(storage.join(output_url, "table1.json"), json.dumps(table, indent=1).encode())
     storage.publish_bytes(storage.join(output_url, "table1.md"), to_markdown(table).encode())
+    storage.publish_bytes(storage.join(output_url, TABLE), json.dumps(table, indent=1).encode())
     say(f"{len(cells)} fine-tuning runs -> {storage.join(output_url, 'table1.md')}")
     return table
+
+
+def _checkpoints(config: Table1Config) -> dict[float, str]:
+    return {1.5: config.checkpoints.kbps_1k5, 12.0: config.checkpoints.kbps_12k}
+
+
+def _configs(
+    cells: Sequence[Cell],
+    checkpoints: dict[float, str],
+    budget: CellsConfig,
+    output_url: str,
+    stores: StorageConfig,
+    job: CellJob,
+) -> list[Any]:
+    """Return every cell's config, its inputs checked before anything runs (once for each task, arm and bitrate)."""
+    trees = [_finetune_tree(cell, checkpoints, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
+    configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
+    for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
+        job.check(config)
+    return configs
 
 
 def _cells(rows: Sequence[LabelledTokens], seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
@@ -193,25 +245,40 @@ def _finetune_tree(cell: Cell, checkpoints: dict[float, str], budget: CellsConfi
     }
 
 
-def _fan_out(configs: list[Any], finetune: Callable[..., dict[str, Any]], gpus_each: float) -> list[dict[str, Any]]:
+def _fan_out(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[str, Any]]:
+    results = {i: run_folder.read_result(storage.local_path(config.output.url)) for i, config in enumerate(configs)}
+    missing = [i for i, result in results.items() if result is None]
+    if missing:
+        results |= _train([configs[i] for i in missing], missing, len(configs), job, gpus_each)
+    return [result for _, result in sorted(results.items()) if result is not None]
+
+
+def _train(
+    configs: list[Any], numbers: list[int], total: int, job: CellJob, gpus_each: float
+) -> dict[int, dict[str, Any]]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only tasks
     import ray
 
     if not ray.is_initialized():
-        ray.init(logging_level="error")
+        ray.init(logging_level=logging.ERROR)
     task = ray.remote(_one).options(num_cpus=1, num_gpus=gpus_each)
-    waiting = {task.remote(finetune, config): i for i, config in enumerate(configs)}
-    results: list[dict[str, Any]] = [{} for _ in configs]
-    progress = Progress("fine-tuning", len(configs), unit="runs")
-    while waiting:
-        for finished in ray.wait(list(waiting), timeout=1.0)[0]:
-            try:
-                results[waiting.pop(finished)] = ray.get(finished)
-            except ray.exceptions.RayTaskError as failure:
-                if isinstance(failure.cause, MegascaleError):
-                    raise failure.cause from None
-                raise
-        progress.update(len(configs) - len(waiting))
+    waiting = {task.remote(job.run, config): number for number, config in zip(numbers, configs, strict=True)}
+    results: dict[int, dict[str, Any]] = {}
+    progress = Progress("fine-tuning", total, total - len(waiting), "runs")
+    with StopSignal() as stop:
+        try:
+            while waiting:
+                stop.check()
+                for finished in ray.wait(list(waiting), timeout=1.0)[0]:
+                    results[waiting.pop(finished)] = ray.get(finished)
+                progress.update(total - len(waiting))
+        except ray.exceptions.RayTaskError as failure:
+            if isinstance(failure.cause, MegascaleError):
+                raise failure.cause from None
+            raise
+        finally:
+            for unfinished in waiting:
+                ray.cancel(unfinished, force=True)
     progress.close()
     return results
 
@@ -233,7 +300,9 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
 
         def merit(lr: float, group: list[tuple[Cell, dict[str, Any]]] = group) -> tuple[float, float]:
             mine = [r for c, r in group if c.lr == lr]
-            return float(np.mean([r["valid_accuracy"] for r in mine])), -float(np.mean([r["valid_loss"] for r in mine]))
+            loss = float(np.mean([r["valid_loss"] for r in mine]))
+            # a rate that diverged never wins
+            return float(np.mean([r["valid_accuracy"] for r in mine])), -loss if np.isfinite(loss) else -np.inf
 
         lr = max(lrs, key=merit)
         chosen = [r for c, r in group if c.lr == lr]
@@ -252,34 +321,46 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
                 "accuracy_ci95": [low, high],
                 "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
                 "count": chosen[0]["count"],
+                "paper": _paper(task.name, arm, kbps),
             }
         )
     return {"cells": cells, "summary": summary}
 
 
+def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
+    found = PAPER.get(task, {}).get(arm)
+    if found is None:
+        return None
+    accuracy, f1 = found[BITRATES_KBPS.index(bitrate_kbps)]
+    return {"accuracy": accuracy / 100, "macro_f1": f1 / 100}
+
+
 def _interval(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """95% interval of the accuracy: Student's t over seeds, or Wilson's over the test recordings of a single run."""
+    """95% interval of the accuracy: Student's t over seeds; Wilson's over the test recordings where there is one seed, or
+    where all agree."""
     values = [r["accuracy"] for r in results]
-    if len(values) == 1:
+    if np.ptp(values) == 0:
         count = results[0]["count"]
         found = scipy.stats.binomtest(round(values[0] * count), count).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    return max(0.0, float(np.mean(values) - half)), min(1.0, float(np.mean(values) + half))
 
 
 def to_markdown(table: dict[str, Any]) -> str:
-    """Return the table in the paper's shape: accuracy and F1 in percent, ours first, the paper's in brackets."""
+    """Return the table in the paper's shape: percent, accuracy with its 95% interval, the paper's figure in brackets."""
     lines = ["| Dataset | Type | Acc. 1.5 | Acc. 12 | F1 1.5 | F1 12 | n |", "|---|---|---|---|---|---|---|"]
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in table["summary"]}
     for task in dict.fromkeys(s["task"] for s in table["summary"]):
         for arm in ARMS:
             two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
-            paper = PAPER.get(task, {}).get(arm)
-            columns = []
-            for metric, place in (("accuracy", 0), ("macro_f1", 1)):
-                for i, cell in enumerate(two):
-                    theirs = f" ({paper[i][place]:.2f})" if paper else ""
-                    columns.append(f"{100 * cell[metric]:.2f}{theirs}")
+            columns = [_percent(s, "accuracy", s["accuracy_ci95"]) for s in two]
+            columns += [_percent(s, "macro_f1", None) for s in two]
             lines.append(f"| {task} | {arm} | {' | '.join(columns)} | {two[0]['count']} |")
     return "\n".join(lines) + "\n"
+
+
+def _percent(cell: dict[str, Any], metric: str, interval: Sequence[float] | None) -> str:
+    text = f"{100 * cell[metric]:.2f}"
+    text += f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else ""
+    return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell["paper"] else "")

@@ -1,4 +1,4 @@
-"""Sizes of the multi-scale Transformer; the defaults are the paper's (section 3) and, where it is silent, EuroBERT-210m's."""
+"""Sizes of the multi-scale Transformer: the paper's (section 3) and, where it is silent, EuroBERT-210m's."""
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
-        for name, width, heads in (("width", self.width, self.heads), ("local_width", self.local_width, self.local_heads)):
+        encoders = (("width", self.width, self.heads), ("local_width", self.local_width, self.local_heads))
+        for name, width, heads in encoders:
             if width % heads or (width // heads) % 2:
                 raise ValueError(f"{name}={width} must split into {heads} heads of an even width")
         return self

@@ -12,7 +12,7 @@ NORM_EPS = 1e-5
 
 
 def rotary(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (B, T, 1, H), float32. (RoFormer, arXiv:2104.09864, section 3.2.2)"""
+    """Return cos and sin of the rotary angles, each (B, T, 1, H), float32. (arXiv:2104.09864, section 3.2.2)"""
     exponents = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32) / head_width
     # fp32 whatever the model's dtype: bf16 has 8 bits of mantissa, and positions run to thousands
     angles = positions_BT[..., None].float() * theta**-exponents

@@ -6,9 +6,9 @@ S slot width D/Q, M masked tokens per codebook in the batch, P frames that hold 
 codes_BTQ int64 in 0..V-1; masked_BTQ bool, True = predict (the code there is never looked at); positions_BT int64, each
 frame's place in its clip, with a gap where a chunk was dropped; valid_BT bool, True = a real frame, False = padding.
 
-How the two scales meet (DESIGN choices where the paper leaves them open): a frame's patch embedding concatenates one
-D/Q-wide embedding per codebook, as MegaByte does; going down, slot q of the frame's global output is projected and added
-to the local embedding of token q, which for a masked token is the mask embedding. (paper, section 3 and figure 1a)
+How the two scales meet (our choices where the paper leaves them open): a frame's patch embedding concatenates one
+D/Q-wide embedding per codebook, as MegaByte does; going down, slot q of the frame's global output is projected and
+added to the local embedding of token q, which for a masked token is the mask embedding. (paper, section 3, figure 1a)
 """
 
 from typing import NamedTuple
@@ -33,6 +33,8 @@ class MaskedTokenOutput(NamedTuple):
 
 class CodeEmbedding(nn.Module):
     """One table per codebook, and one mask embedding per codebook: codes_BTQ to (B, T, Q, width)."""
+
+    first_row_Q: Tensor
 
     def __init__(self, num_codebooks: int, width: int) -> None:
         super().__init__()
@@ -150,9 +152,7 @@ class AudioClassifier(nn.Module):
         initialise(self.global_encoder, config.layers, generator)
         initialise(self.head, 1, generator)
 
-    def forward(
-        self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
         """Return logits_BC."""
         x_BTD = self.global_encoder(codes_BTQ, None, positions_BT, valid_BT)
         if valid_BT is None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megascale import seeding, storage
+from megascale import run_folder, seeding, storage
 from megascale.config import Section
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
 from megascale.data.loader import Batch, collate
@@ -28,7 +28,6 @@ from megascale.log import MetricLog, say
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import AudioClassifier
 from megascale.storage import StorageConfig
-from megascale.tasks import run_folder
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train.checkpoint import read_model, write_model
 from megascale.train.engine import Engine, ZeroConfig, init_distributed
@@ -50,7 +49,9 @@ class FinetuneTrainConfig(Section):
 
     epochs: int = Field(20, ge=1, description="passes over the training clips")
     batch: int = Field(16, ge=1, description="clips per update")
-    crop_seconds: float | None = Field(None, gt=0, description="train on random crops of this length; null: whole clips")
+    crop_seconds: float | None = Field(
+        None, gt=0, description="train on random crops of this length; null: whole clips"
+    )
     eval_batch: int = Field(16, ge=1, description="clips per forward pass when scoring; whole clips")
 
 
@@ -67,7 +68,9 @@ class FinetuneConfig(Section):
     data: FinetuneDataConfig = Field(description="which tokens")
     task: TaskConfig = Field(description="what is classified")
     arm: Literal["scratch", "ft", "ft_aug"] = Field(description="first weights and augmentation")
-    checkpoint: str | None = Field(None, description="pretraining run or checkpoint; for scratch it only gives the shape")
+    checkpoint: str | None = Field(
+        None, description="pretraining run or checkpoint; for scratch it only gives the shape"
+    )
     model: ModelConfig = Field(ModelConfig(), description="the model's shape, for scratch without a checkpoint")
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
     optim: OptimConfig = Field(OptimConfig(lr=1e-4), description="optimizer and schedule")
@@ -84,12 +87,19 @@ class FinetuneConfig(Section):
         return self
 
 
+def check(config: FinetuneConfig) -> None:
+    """Check tokens and checkpoint against the config without reading a clip. Raises what `run` would."""
+    storage.configure(config.storage)
+    _build_model(config, _open_manifest(config), ["?", "??"])
+
+
 def describe_plan(config: FinetuneConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
-    storage.configure(config.storage)
+    check(config)
     _, clips, classes, splits = _open_data(config)
     sizes = ", ".join(f"{len(members)} {name}" for name, members in splits.items())
-    return f"{len(clips)} clips, {len(classes)} classes: {sizes}; {config.arm}, {config.train.epochs} epochs -> {config.output.url}"
+    plan = f"{len(clips)} clips, {len(classes)} classes: {sizes}; {config.arm}, {config.train.epochs} epochs"
+    return f"{plan} -> {config.output.url}"
 
 
 def run(config: FinetuneConfig, quiet: bool = False) -> dict[str, Any]:
@@ -140,11 +150,13 @@ def run(config: FinetuneConfig, quiet: bool = False) -> dict[str, Any]:
         write_model(path / "model", {k: v.float().cpu().contiguous() for k, v in trainer.best_weights.items()}, facts)
     run_folder.write_result(path, result)
     if not quiet:
-        say(f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f} on {result['count']} recordings -> {path}")
+        say(
+            f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f} on {result['count']} recordings -> {path}"
+        )
     return result
 
 
-def _open_data(config: FinetuneConfig) -> tuple[Manifest, list[StoredClip], list[str], Splits]:
+def _open_manifest(config: FinetuneConfig) -> Manifest:
     manifest = read_manifest(config.data.url)
     num_codebooks = codebooks_for(config.data.bitrate_kbps)
     if num_codebooks > manifest.codec.num_codebooks:
@@ -152,7 +164,12 @@ def _open_data(config: FinetuneConfig) -> tuple[Manifest, list[StoredClip], list
             f"{config.data.url}: stored with {manifest.codec.num_codebooks} codebooks, "
             f"data.bitrate_kbps={config.data.bitrate_kbps} needs {num_codebooks}"
         )
-    clips = list(read_clips(config.data.url, manifest, num_codebooks))
+    return manifest
+
+
+def _open_data(config: FinetuneConfig) -> tuple[Manifest, list[StoredClip], list[str], Splits]:
+    manifest = _open_manifest(config)
+    clips = list(read_clips(config.data.url, manifest, codebooks_for(config.data.bitrate_kbps)))
     classes = classes_of(clips, config.task.label)
     return manifest, clips, classes, split_clips(clips, config.task, config.seed)
 

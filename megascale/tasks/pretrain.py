@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megascale import seeding, storage
+from megascale import run_folder, seeding, storage
 from megascale.config import Section
 from megascale.data.loader import (
     Batch,
@@ -29,7 +29,6 @@ from megascale.log import MetricLog, duration, say
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MaskedTokenOutput, MegaAudioFormer, count_parameters
 from megascale.storage import StorageConfig
-from megascale.tasks import run_folder
 from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
@@ -118,13 +117,12 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         say(f"{run_path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
         return finished
     folder, train_clips, valid_clips, order = _open_data(config)
+    model = _build_model(config)
     rank, world_size = init_distributed()
     accumulation = _accumulation(config, world_size, order)
     if rank == 0:
         run_folder.write_config(run_path, config)
-    engine = Engine(
-        _build_model(config), config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps
-    )
+    engine = Engine(model, config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps)
     start = _resume(engine, run_path, rank, world_size, config)
     log = MetricLog(run_path / "metrics.jsonl", start, config.log.wandb_project, run_path.name)
     batches = PretrainBatches(
@@ -147,6 +145,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         save_every=config.checkpoint.every,
     )
     log.close()
+    if start == config.train.steps:  # an earlier start ended between its last save and its result
+        validator(start)
     result = _result(config, run_path, folder, validator.newest, time.monotonic() - started)
     if rank == 0:
         run_folder.write_result(run_path, result)
@@ -163,7 +163,8 @@ def _open_data(config: PretrainConfig) -> tuple[TokenFolder, np.ndarray, np.ndar
     train, valid, sizes = split_held_out(folder, config.data.valid_share)
     streams = config.data.streams or default_streams(config.train.global_batch)
     order = Order(sizes, config.seed, streams, config.train.global_batch)
-    return folder, train, valid[: config.train.valid_clips], order
+    spread = valid[:: max(1, len(valid) // config.train.valid_clips)]
+    return folder, train, spread[: config.train.valid_clips], order
 
 
 def _build_model(config: PretrainConfig) -> MegaAudioFormer:
@@ -203,7 +204,11 @@ def _loss(output: MaskedTokenOutput, batch: Batch) -> tuple[Tensor, dict[str, Te
 def _summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     loss_Q = sums["loss_Q"] / sums["micro_batches"]
     acc_Q = sums["correct_Q"] / sums["count_Q"]
-    metrics = {"train/loss": float(loss_Q.mean()), "train/acc": float(acc_Q.mean()), "train/clips": float(sums["clips"])}
+    metrics = {
+        "train/loss": float(loss_Q.mean()),
+        "train/acc": float(acc_Q.mean()),
+        "train/clips": float(sums["clips"]),
+    }
     metrics["train/lr"] = float(sums["lr"] / sums["updates"])
     metrics |= {f"train/loss_q{q}": float(v) for q, v in enumerate(loss_Q)}
     return metrics | {f"train/acc_q{q}": float(v) for q, v in enumerate(acc_Q)}
@@ -309,7 +314,9 @@ def _resume(engine: Engine, run_path: Path, rank: int, world_size: int, config: 
         return 0
     manifest = checkpoint.verify(found[-1])
     if manifest.world_size != world_size:
-        raise CheckpointError(f"{found[-1]}: saved by {manifest.world_size} ranks; go on with as many, not {world_size}")
+        raise CheckpointError(
+            f"{found[-1]}: saved by {manifest.world_size} ranks; go on with as many, not {world_size}"
+        )
     engine.load(found[-1])
     checkpoint.load_rank_state(found[-1], rank)
     start = manifest.consumed_samples // config.train.global_batch

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.torch
+import scipy.linalg
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -32,10 +34,12 @@ from megascale.tokens import CODEBOOK_SIZE, PUBLISHED_NAME, SAMPLE_RATE_HZ, code
 PUBLISHED_FILE = "encodec_24khz-d7cc33bc.th"
 CALIBRATE = "calibrate"
 _BANDWIDTHS_KBPS = [1.5, 3.0, 6.0, 12.0, 24.0]
-_KMEANS_FRAMES = 24_000
+_KMEANS_FRAMES = 16_500
 _KMEANS_ITERATIONS = 8
 _FRAMES_PER_CODE = 16  # with fewer, a codebook memorises the sample and leaves no residual for the next one
 _LEAST_SECONDS = 4
+_SLOW = 64  # latent dimensions that a calibrated encoder fills, of 128
+_SCALE_SECONDS = 32  # the whole sample in one pass would spend most of its time on page faults
 _UNUSED = 1e3  # coordinates of codes a small sample cannot fill: too far off for any latent
 _SILENT = 1e-4  # a second whose samples all lie so close together, three steps of 16 bits, is silence
 
@@ -145,7 +149,8 @@ def _from_safetensors(data: bytes, url: str) -> Codec:
 @torch.inference_mode()
 def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Codec:
     """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so
-    that its output has zero mean and unit variance on the sample, and residual codebooks fitted there by k-means.
+    that its output has zero mean and unit variance on the sample; its last convolution fitted to put out the features
+    that change slowest; and residual codebooks fitted there by k-means.
 
     Its codes carry information about the audio but do not decode to it.
 
@@ -171,10 +176,12 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeding.generator(seed, "codec weights").integers(2**62)))
         model = _new_model()
-    _standardise(model.encoder, torch.from_numpy(audio_BS[:64])[:, None])
-    parts = np.array_split(audio_BS, len(audio_BS) // 8 + 1)
-    latents = [model.encoder(torch.from_numpy(part)[:, None]) for part in parts]
-    residual_ND = torch.cat(latents).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
+    _standardise(model.encoder, torch.from_numpy(audio_BS[:_SCALE_SECONDS])[:, None])
+    *layers, last = model.encoder.model
+    parts = torch.from_numpy(audio_BS)[:, None].split(8)
+    hidden_BCT = torch.cat([nn.Sequential(*layers)(part_B1S) for part_B1S in parts])
+    _slow_down(last.conv.conv, hidden_BCT)
+    residual_ND = last(hidden_BCT).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
     for i in range(num_codebooks):
         centers_VD, nearest_N = _fit_codebook(residual_ND, seeding.generator(seed, "codebook", i))
         _set_codebook(model, i, torch.from_numpy(centers_VD))
@@ -196,6 +203,31 @@ def _standardise(encoder: nn.Module, audio_B1S: torch.Tensor) -> None:
     encoder(audio_B1S)
     for hook in hooks:
         hook.remove()
+
+
+def _slow_down(conv: Any, hidden_BCT: torch.Tensor) -> None:
+    """Fit the last convolution: its input averaged over its window, then turned to the directions that change least
+    from frame to frame, of unit variance. (slow feature analysis, Wiskott and Sejnowski 2002)
+
+    Seeded weights alone follow the phase of the waveform, so that a steady tone gives other codes at every frame: they
+    say less about the sound, and a masked one can hardly be predicted from its neighbours.
+    """
+    taps = conv.kernel_size[0]
+    mean_BTC = F.avg_pool1d(hidden_BCT, taps, stride=1).transpose(1, 2).double()
+    offset_C = mean_BTC.mean(dim=(0, 1))
+    mean_BTC -= offset_C
+    step_BTC = mean_BTC.diff(dim=1)
+    variance_CC = torch.einsum("bti,btj->ij", mean_BTC, mean_BTC) / mean_BTC[..., 0].numel()
+    change_CC = torch.einsum("bti,btj->ij", step_BTC, step_BTC) / step_BTC[..., 0].numel()
+    # a sample of a few seconds has fewer frames than channels; the ridge keeps its variance invertible
+    ridge_CC = 1e-3 * variance_CC.diagonal().mean() * torch.eye(len(offset_C), dtype=torch.float64)
+    _, slow_CD = scipy.linalg.eigh(change_CC.numpy(), (variance_CC + ridge_CC).numpy(), subset_by_index=[0, _SLOW - 1])
+    slow_DC = torch.from_numpy(slow_CD.T).float()
+    conv.weight_v[:_SLOW] = slow_DC[:, :, None] / taps
+    conv.weight_g.zero_()  # the other outputs
+    conv.weight_g[:_SLOW] = conv.weight_v[:_SLOW].norm(dim=(1, 2), keepdim=True)
+    conv.bias.zero_()
+    conv.bias[:_SLOW] = -slow_DC @ offset_C.float()
 
 
 def _fit_codebook(latent_ND: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

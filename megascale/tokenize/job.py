@@ -5,19 +5,15 @@ The only file here that imports ray. A worker's unit is one shard with fixed byt
 """
 
 import json
+import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from megascale import seeding, storage
-from megascale.config import Section
 from megascale.data.index import (
     MANIFEST,
     CodecFacts,
@@ -28,104 +24,22 @@ from megascale.data.index import (
     index_name,
     read_manifest,
 )
-from megascale.errors import AudioError, ConfigError, DataError, QuarantineExceeded, StorageError
+from megascale.errors import AudioError, ConfigError, DataError, MegascaleError, QuarantineExceeded, StorageError
 from megascale.log import Progress, duration, say
-from megascale.storage import StorageConfig
+from megascale.stopping import StopSignal, stop_on_sigterm
 from megascale.tokenize import audio
 from megascale.tokenize.codec import CALIBRATE, Codec, calibrate, load_codec
-from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, plan_shards, publish_shard
-from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, make_plan, publish_plan, read_plan
+from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard
+from megascale.tokenize.sources import Clip
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, codebooks_for
 
-PLAN = "plan.json"
 REPORT = "tokenize_report.json"
 QUARANTINE = "quarantine.jsonl"
-CODEC_FILE = "codec.safetensors"
-_CALIBRATION_SECONDS = 320.0
-# glibc gives large blocks back to the kernel after every convolution, and half of the encoder's time goes to page faults
+_CALIBRATION_SECONDS = 240.0
+# glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-
-
-class OutputConfig(Section):
-    """Where the tokens go."""
-
-    url: str = Field(description="token folder to write, local or any storage URL")
-
-
-class CodecConfig(Section):
-    """Which codec, and how many of its codebooks."""
-
-    weights: str = Field(
-        description="path or URL of encodec_24khz-d7cc33bc.th, of a codec.safetensors, or `calibrate` (no download)"
-    )
-    bitrate_kbps: float = Field(12.0, description="0.75 a codebook; every lower bitrate can be read from what is stored")
-    seed: int = Field(0, description="calibrate: fixes the weights and the sample they are fitted on")
-    batch_clips: int = Field(8, ge=1, description="clips of equal length encoded together; part of what fixes the codes")
-
-    @model_validator(mode="after")
-    def _whole_codebooks(self) -> "CodecConfig":
-        try:
-            codebooks_for(self.bitrate_kbps)
-        except Exception as failure:
-            raise ValueError(str(failure)) from None
-        return self
-
-
-class ShardsConfig(Section):
-    """How clips are grouped."""
-
-    clips: int = Field(1000, ge=1, description="clips planned per shard")
-
-
-class WorkersConfig(Section):
-    """Ray workers."""
-
-    count: int | None = Field(None, ge=1, description="number of workers; null takes every CPU (or GPU) of the cluster")
-    gpus_each: float = Field(0, ge=0, description="GPUs per worker; 0 encodes on CPUs, one thread a worker")
-    attempts: int = Field(3, ge=1, description="how often a shard is tried when its worker dies")
-
-
-class QuarantineConfig(Section):
-    """What to do about clips that cannot be tokenised."""
-
-    max_share: float = Field(0.01, ge=0, le=1, description="share of quarantined clips above which the job exits 3")
-
-
-class TokenizeConfig(Section):
-    """Everything `launch/tokenize_audio.py` needs."""
-
-    source: SourceConfig = Field(description="which audio")
-    clips: ClipsConfig = Field(ClipsConfig(), description="how it is cut")
-    codec: CodecConfig = Field(description="which codec")
-    shards: ShardsConfig = Field(ShardsConfig(), description="how clips are grouped")
-    output: OutputConfig = Field(description="where the tokens go")
-    workers: WorkersConfig = Field(WorkersConfig(), description="Ray workers")
-    quarantine: QuarantineConfig = Field(QuarantineConfig(), description="what is allowed to fail")
-    storage: StorageConfig = Field(StorageConfig(), description="object stores")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the job will do: fixed at its first start, and read back by every later one."""
-
-    shards: list[ShardPlan]
-    unreadable: list[Quarantined]  # recordings whose length cannot be read, so that they cannot be cut
-
-    @property
-    def num_clips(self) -> int:
-        return sum(len(shard.clips) for shard in self.shards)
-
-
-def describe_plan(config: TokenizeConfig) -> str:
-    """Return what the job would do (`--dry-run`); writes nothing."""
-    storage.configure(config.storage)
-    plan, notes = _make_plan(config)
-    hours = sum(clip.duration_seconds or 0.0 for shard in plan.shards for clip in shard.clips) / 3600
-    lines = [f"{plan.num_clips} clips in {len(plan.shards)} shards -> {config.output.url}"]
-    lines += [f"{hours:.2f} hours of audio"] if hours else []
-    lines += [f"{len(plan.unreadable)} recordings cannot be read: {plan.unreadable[0].reason}"] if plan.unreadable else []
-    lines += [f"{count} {what}" for what, count in notes.items() if count]
-    return "\n".join(lines)
+_TUNED = {"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
 
 
 def run(config: TokenizeConfig) -> Manifest:
@@ -140,19 +54,23 @@ def run(config: TokenizeConfig) -> Manifest:
     """
     storage.configure(config.storage)
     url = config.output.url
-    plan = _load_or_make_plan(config)
+    stored = read_plan(config)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = read_manifest(url)
         say(f"{url}: already done: {manifest.num_clips} clips in {len(manifest.shards)} shards")
         _check_quarantine(config, manifest)
         return manifest
     started = time.monotonic()
-    codec = _load_or_make_codec(config, plan)
+    plan = stored or make_plan(config)
+    codec = _load_or_fit_codec(config, plan)
+    if stored is None:
+        plan = publish_plan(config, plan)
+    codec_file = _publish_codec(config, codec)
     missing = [s for s in plan.shards if not storage.exists(storage.join(url, index_name(s.name)))]
     if missing:
-        _encode_shards(config, codec, plan, missing)
+        _encode_shards(config, codec_file, plan, missing)
     indexes = [_read_committed(url, shard) for shard in plan.shards]
-    manifest = _finish(config, codec, plan, indexes, time.monotonic() - started)
+    manifest = _finish(config, load_codec(codec_file), plan, indexes, time.monotonic() - started)
     _check_quarantine(config, manifest)
     return manifest
 
@@ -166,92 +84,49 @@ def _check_quarantine(config: TokenizeConfig, manifest: Manifest) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the plan
-
-
-def _load_or_make_plan(config: TokenizeConfig) -> Plan:
-    where = storage.join(config.output.url, PLAN)
-    fixed = _what_fixes_the_shards(config)
-    if not storage.exists(where):
-        plan, notes = _make_plan(config)
-        for what, count in notes.items():
-            if count:
-                say(f"{count} {what}")
-        data = {"config": fixed, "shards": [asdict(s) for s in plan.shards]}
-        data["unreadable"] = [bad.model_dump() for bad in plan.unreadable]
-        storage.publish_bytes(where, json.dumps(data).encode(), create_only=True)
-    stored = json.loads(storage.read_bytes(where))  # read back: another driver may have been first
-    if stored["config"] != fixed:
-        names = [key for key in fixed if stored["config"].get(key) != fixed[key]]
-        raise ConfigError(
-            f"tokenize.output.url={config.output.url}: holds a job with another {', '.join(names)}; "
-            "choose another folder, or delete this one"
-        )
-    shards = [ShardPlan(s["number"], [Clip(**clip) for clip in s["clips"]]) for s in stored["shards"]]
-    return Plan(shards, [Quarantined(**bad) for bad in stored["unreadable"]])
-
-
-def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"source", "clips", "codec", "shards"})
-
-
-def _make_plan(config: TokenizeConfig) -> tuple[Plan, dict[str, int]]:
-    if config.codec.weights != CALIBRATE and not storage.exists(config.codec.weights):
-        raise ConfigError(f"tokenize.codec.weights={config.codec.weights}: no such file (or write `calibrate`)")
-    recordings, notes = list_recordings(config.source)
-    clips: list[Clip] = []
-    unreadable: list[Quarantined] = []
-    for recording, length in _with_lengths(recordings, config.clips):
-        if isinstance(length, Exception):
-            key = cut(recording, None, ClipsConfig(seconds=None))[0].key
-            unreadable.append(Quarantined(key=key, url=recording.url, reason=str(length), attempts=1))
-        else:
-            clips += cut(recording, length, config.clips)
-    if not clips:
-        raise DataError(f"{config.source.url}: none of {len(recordings)} recordings can be read: {unreadable[0].reason}")
-    return Plan(plan_shards(clips, config.shards.clips), unreadable), notes
-
-
-def _with_lengths(
-    recordings: list[Recording], config: ClipsConfig
-) -> Iterator[tuple[Recording, float | None | Exception]]:
-    """Pair each recording with its file's length where cutting needs it; headers are read side by side."""
-
-    def probe(recording: Recording) -> float | None | Exception:
-        if config.seconds is None or recording.duration_seconds is not None:
-            return None
-        try:
-            return audio.probe_seconds(recording.url)
-        except (AudioError, StorageError) as failure:
-            return failure
-
-    progress = Progress("reading headers", len(recordings), unit="recordings")
-    with ThreadPoolExecutor(16) as pool:
-        for i, (recording, length) in enumerate(zip(recordings, pool.map(probe, recordings), strict=True), start=1):
-            yield recording, length
-            progress.update(i)
-
-
 # --------------------------------------------------------------------------------------------------------- the codec
 
 
-def _load_or_make_codec(config: TokenizeConfig, plan: Plan) -> Codec:
+def _load_or_fit_codec(config: TokenizeConfig, plan: Plan) -> bytes | None:
+    """Check the codec that the config names, or fit one. Returns a fitted codec's file, if it is not published yet."""
     num_codebooks = codebooks_for(config.codec.bitrate_kbps)
-    if config.codec.weights != CALIBRATE:
-        codec = load_codec(config.codec.weights)
-    else:
-        where = storage.join(config.output.url, CODEC_FILE)
-        if not storage.exists(where):
-            say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
-            fitted = calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed)
-            storage.publish_bytes(where, fitted.to_bytes(), create_only=True)
-        codec = load_codec(where)  # read back: fitting is not bit-equal on every machine, the stored one counts
+    if config.codec.weights == CALIBRATE:
+        return None if storage.exists(codec_url(config)) else _fit_codec(config, plan)
+    codec = load_codec(config.codec.weights)
     if num_codebooks > codec.num_codebooks:
         raise ConfigError(
             f"tokenize.codec.bitrate_kbps={config.codec.bitrate_kbps}: needs {num_codebooks} codebooks, "
             f"{config.codec.weights} has {codec.num_codebooks}"
         )
-    return codec
+    return None
+
+
+def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
+    say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
+    ray = _start_ray()
+    fitted = ray.remote(_calibrate).options(num_cpus=1, runtime_env=_TUNED).remote(config, plan)
+    try:
+        return bytes(ray.get(fitted))
+    except ray.exceptions.RayTaskError as failure:
+        if isinstance(failure.cause, MegascaleError):
+            raise failure.cause from None
+        raise
+
+
+def _calibrate(config: TokenizeConfig, plan: Plan) -> bytes:
+    import torch
+
+    storage.configure(config.storage)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
+    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+    return calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed).to_bytes()
+
+
+def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
+    """Publish a fitted codec; return the URL of the one that counts: fitting is not bit-equal on every machine."""
+    if fitted is not None:
+        storage.publish_bytes(codec_url(config), fitted, create_only=True)
+    return codec_url(config)
 
 
 def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
@@ -277,13 +152,13 @@ def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
 class ShardWorker:
     """Encodes shards, one after the other; lives in a Ray actor."""
 
-    def __init__(self, config: TokenizeConfig, codec_url: str) -> None:
+    def __init__(self, config: TokenizeConfig, codec_file: str) -> None:
         import torch
 
         storage.configure(config.storage)
         torch.set_num_threads(1)
         self._config = config
-        self._codec = load_codec(codec_url)
+        self._codec = load_codec(codec_file)
         if config.workers.gpus_each > 0:
             self._codec.model.to("cuda")
 
@@ -330,29 +205,34 @@ def _equal_length_batches(samples: dict[int, np.ndarray], batch_clips: int) -> l
     return [group[i : i + batch_clips] for group in by_length.values() for i in range(0, len(group), batch_clips)]
 
 
-def _encode_shards(config: TokenizeConfig, codec: Codec, plan: Plan, missing: list[ShardPlan]) -> None:
+def _start_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only actors
     import ray
 
     if not ray.is_initialized():
-        ray.init(logging_level="error")
+        ray.init(logging_level=logging.ERROR)
+    stop_on_sigterm()  # ray.init takes the signal
+    return ray
+
+
+def _encode_shards(config: TokenizeConfig, codec_file: str, plan: Plan, missing: list[ShardPlan]) -> None:
+    ray = _start_ray()
     resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
     each = config.workers.gpus_each if resource == "GPU" else 1
     available = int(ray.cluster_resources().get(resource, 0) / each)
     if available < 1:
         raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
     count = min(config.workers.count or available, len(missing))
-    codec_url = storage.join(config.output.url, CODEC_FILE)
-    codec_url = codec_url if config.codec.weights == CALIBRATE else config.codec.weights
-    actor = ray.remote(ShardWorker).options(
-        num_cpus=1, num_gpus=config.workers.gpus_each, runtime_env={"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
-    )
+    actor = ray.remote(ShardWorker).options(num_cpus=1, num_gpus=config.workers.gpus_each, runtime_env=_TUNED)
     say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
-    _drive(ray, config, lambda: actor.remote(config, codec_url), count, missing, plan)
+    with StopSignal() as stop:
+        _drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
 
 
-def _drive(ray: Any, config: TokenizeConfig, start: Any, count: int, missing: list[ShardPlan], plan: Plan) -> None:
+def _drive(
+    ray: Any, stop: StopSignal, config: TokenizeConfig, start: Any, count: int, missing: list[ShardPlan], plan: Plan
+) -> None:
     """Keep every worker busy; replace a worker that dies, and give its shard to another, a bounded number of times."""
     waiting = list(reversed(missing))
     tries = {shard.number: 0 for shard in missing}
@@ -363,6 +243,7 @@ def _drive(ray: Any, config: TokenizeConfig, start: Any, count: int, missing: li
     quarantined, audio_seconds, started = len(plan.unreadable), 0.0, time.monotonic()
     idle = [start() for _ in range(count)]
     while waiting or running:
+        stop.check()
         while idle and waiting:
             worker, shard = idle.pop(), waiting.pop()
             tries[shard.number] += 1

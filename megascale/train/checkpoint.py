@@ -1,11 +1,12 @@
 """Checkpoints: a folder counts only when its manifest, written last, names every file with its hash.
 
-    checkpoints/step-00001000/   DeepSpeed's files, rank-00000.safetensors (RNG, samples consumed) for each rank,
-                                 model/ (safetensors and config.json, loadable without DeepSpeed), manifest.json
+checkpoints/step-00001000/ holds DeepSpeed's files, rank-00000.safetensors (RNG, samples consumed) for each rank, model/
+(safetensors and config.json, loadable without DeepSpeed), and manifest.json.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class CheckpointConfig(Section):
     """When to save, and what to keep."""
 
     every: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep_last: int = Field(2, ge=1, description="how many of the newest are kept; the best by validation loss stays too")
+    keep_last: int = Field(2, ge=1, description="newest to keep; the best by validation loss stays too")
 
 
 class CheckpointManifest(Section):
@@ -47,7 +48,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def begin(folder: Path) -> None:
     """Clear what an interrupted save left behind; rank 0 alone, before any rank writes."""
-    shutil.rmtree(folder, ignore_errors=True)
+    _delete(folder)
     folder.mkdir(parents=True)
 
 
@@ -61,8 +62,14 @@ def save_rank_state(folder: Path, rank: int, consumed_samples: int) -> None:
 
 
 def load_rank_state(folder: Path, rank: int) -> None:
-    """Restore one rank's random state."""
-    state = safetensors.torch.load_file(folder / f"rank-{rank:05d}.safetensors")
+    """Restore one rank's random state. Raises CheckpointError if the rank knows another number of consumed samples."""
+    path = folder / f"rank-{rank:05d}.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        consumed_samples = int(file.metadata()["consumed_samples"])
+    expected = read_manifest(folder).consumed_samples
+    if consumed_samples != expected:
+        raise CheckpointError(f"{path}: saved after {consumed_samples} samples, {_MANIFEST} says {expected}")
+    state = safetensors.torch.load_file(path)
     torch.set_rng_state(state["rng_cpu"])
     if torch.cuda.is_available() and "rng_cuda" in state:
         torch.cuda.set_rng_state(state["rng_cuda"])
@@ -71,6 +78,8 @@ def load_rank_state(folder: Path, rank: int) -> None:
 def commit(folder: Path, step: int, consumed_samples: int, world_size: int, valid_loss: float | None) -> None:
     """Hash every file and write the manifest; rank 0 alone, after a barrier."""
     files = {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    if valid_loss is not None and not math.isfinite(valid_loss):
+        valid_loss = None  # a run that diverged is still saved, and never the best
     manifest = CheckpointManifest(
         step=step, consumed_samples=consumed_samples, world_size=world_size, valid_loss=valid_loss, files=files
     )
@@ -118,14 +127,22 @@ def best(checkpoints: Path) -> Path | None:
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` and the best; called only after a newer one was committed."""
+    """Delete all but the newest `keep_last` and the best, and what older saves or deletions left half done.
+
+    Called only after a newer one was committed.
+    """
     found = committed(checkpoints)
     keep = {*found[-keep_last:], best(checkpoints)}
-    for path in found:
-        if path not in keep:
-            # the manifest goes first: a deletion cut short must not look like a checkpoint
-            (path / _MANIFEST).unlink()
-            shutil.rmtree(path)
+    for path in checkpoints.glob("step-*"):
+        if path not in keep and path < found[-1]:
+            _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_dir():
+        # the manifest goes first: a deletion cut short must not look like a checkpoint
+        (folder / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -136,7 +153,7 @@ def write_model(folder: Path, weights: dict[str, Tensor], facts: dict[str, Any])
 
 
 def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint folder (`step-…`, verified first), a run folder (its best checkpoint), or a bare `model/` folder.
+    """Read a checkpoint folder (`step-…`, verified first), a run folder (its best one), or a bare `model/` folder.
 
     Raises:
         CheckpointError: none of these, or damaged.
@@ -150,11 +167,14 @@ def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if folder.name.startswith("step-") or (folder / _MANIFEST).exists():
         verify(folder)
         folder = folder / "model"
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{url}: no checkpoint here: {folder / name} is missing")
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("config.json holds no mapping")
         return safetensors.torch.load_file(folder / "model.safetensors"), facts
-    except FileNotFoundError as failure:
-        raise CheckpointError(f"{url}: no checkpoint here: {failure.filename} is missing") from None
     except (OSError, ValueError, safetensors.SafetensorError) as failure:
         raise CheckpointError(f"{url}: cannot be read: {failure}") from None
 

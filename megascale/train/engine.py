@@ -162,7 +162,9 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's files of this rank into `folder`; every rank must call it."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=False)
+        self._engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=False
+        )
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at the same world size. The caller has verified the files' hashes: this unpickles."""

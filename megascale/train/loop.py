@@ -3,17 +3,16 @@
 It knows no model and no dataset: a task hands it batches and a loss function.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from torch import Tensor
 
 from megascale.errors import Stopped
 from megascale.log import MetricLog, Progress
+from megascale.stopping import StopSignal
 from megascale.train.engine import Batch, Engine, LossFn, any_rank
 from megascale.train.metrics import Sums
 
@@ -54,7 +53,7 @@ def fit(
     """
     progress = Progress(title, num_steps, start, "steps")
     sums, since, waited = Sums(), time.monotonic(), 0.0
-    with _StopSignal() as stop:
+    with StopSignal() as stop, closing(progress):
         for step in range(start, num_steps):
             asked = time.monotonic()
             micro_batches = next(batches)
@@ -68,6 +67,7 @@ def fit(
                 since, waited = now, 0.0
                 log.write(done, metrics)
                 progress.update(done, hooks.note(metrics))
+            paused = time.monotonic()
             validated: dict[str, float] = {}
             if done % validate_every == 0 or last:
                 validated = hooks.validate(done)
@@ -75,23 +75,6 @@ def fit(
             stopping = any_rank(stop.asked)
             if done % save_every == 0 or last or stopping:
                 hooks.save(done, validated)
+            since += time.monotonic() - paused  # reports tell of training alone
             if stopping and not last:
                 raise Stopped(f"stopped by SIGTERM after step {done}, saved; run the same command to go on")
-    progress.close()
-
-
-class _StopSignal:
-    """Notes SIGTERM instead of dying of it, so that the current step can end and be saved."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "_StopSignal":
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def __exit__(self, *exception: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)

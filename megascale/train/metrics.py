@@ -13,7 +13,9 @@ class Sums:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add tensors to the running sums, without waiting for the device."""
         for name, value in values.items():
-            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            dtype = torch.float64 if value.device.type == "cpu" else torch.float32
+            # a copy: `take` sums over ranks in place
+            value = value.detach().to(dtype, copy=True)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megascale.config import Section
 
@@ -19,6 +19,13 @@ class OptimConfig(Section):
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the rate rises linearly")
     decay_share: float = Field(0.2, gt=0, le=1, description="trapezoid: share of the steps over which it falls to 0")
     final_share: float = Field(0.1, ge=0, le=1, description="cosine: where it ends, as a share of the peak")
+
+    @field_validator("betas")
+    @classmethod
+    def _are_averaging_factors(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must lie in 0..1, 1 left out")
+        return betas
 
 
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:

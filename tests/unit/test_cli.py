@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import write_token_folder, write_tones
+from support import write_pretrained, write_token_folder, write_tones
 
 from megascale import cli
 from megascale.config import Section
@@ -16,7 +16,7 @@ from megascale.downstream.table1 import Table1Config
 from megascale.quickstart import QuickstartConfig
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.pretrain import PretrainConfig
-from megascale.tokenize.job import TokenizeConfig
+from megascale.tokenize.plan import TokenizeConfig
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = {
@@ -31,7 +31,7 @@ RECIPES = {
     "pretrain": "pretrain/smoke.yaml data.url=tokens",
     "finetune": "finetune/smoke.yaml data.url=tokens arm=scratch checkpoint=null",
     "table1": "table1/small.yaml data.gtzan=tokens data.nsynth=tokens data.music_speech=tokens "
-    "tasks.gtzan.label=class tasks.nsynth.label=class",
+    "tasks.gtzan.label=class tasks.nsynth.label=class checkpoints.1k5=model-q2 checkpoints.12k=model-q16",
     "quickstart": "quickstart/small.yaml data=audio",
 }
 jobs = pytest.mark.parametrize("job", SCHEMAS)
@@ -56,6 +56,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder that holds a token folder and some audio."""
     write_token_folder(tmp_path / "tokens", 32, num_codebooks=16)
     write_tones(tmp_path / "audio", 4, seconds=1.0)
+    for num_codebooks in (2, 16):
+        write_pretrained(tmp_path / f"model-q{num_codebooks}", num_codebooks)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -175,22 +177,22 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
     assert text in line
 
 
-def unmended(*values: str) -> object:
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason="the job leaves files behind; not mended"))
-
-
 @pytest.mark.parametrize(
     ("job", "wrong", "line"),
     [
         ("tokenize", "source.url=gone", "StorageError: gone: no such folder"),
         ("tokenize", "codec.weights=gone.th", "ConfigError: tokenize.codec.weights=gone.th: no such file"),
-        unmended("tokenize", "codec.weights=tokens/manifest.json", "TokenError: tokens/manifest.json: "),
+        ("tokenize", "codec.weights=tokens/manifest.json", "TokenError: tokens/manifest.json: "),
         ("pretrain", "data.bitrate_kbps=24", "DataError: tokens: stored with 16 codebooks"),
         ("pretrain", "train.global_batch=64", "DataError: "),
         ("pretrain", "output.url=s3://bucket/run", "StorageError: s3://bucket/run: a local path is needed here"),
-        unmended("pretrain", "data.bitrate_kbps=12 model.width=36", "ConfigError: pretrain.model.width=36"),
+        ("pretrain", "data.bitrate_kbps=12 model.width=36", "ConfigError: pretrain.model.width=36"),
         ("finetune", "task.label=mood", "DataError: 0000.wav: has no label 'mood'"),
         ("finetune", "checkpoint=gone", "CheckpointError: gone"),
+        ("table1", "checkpoints.1k5=gone", "CheckpointError: gone"),
+        ("table1", "checkpoints.12k=model-q2", "ConfigError: finetune.data.bitrate_kbps=12.0: model-q2 was pretrained"),
+        ("table1", "data.nsynth=gone", "DataError: gone: no manifest.json"),
+        ("table1", "cells.finetune.seed=1", "ConfigError: table1.cells: finetune.seed: "),
     ],
 )
 def test_input_that_cannot_be_used_is_told_before_anything_is_written(call, work, monkeypatch, job, wrong, line):

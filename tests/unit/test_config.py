@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from megascale.config import Section, describe_keys, dump_config, load_config
 from megascale.downstream.table1 import Table1Config
 from megascale.errors import ConfigError
-from megascale.tokenize.job import TokenizeConfig
+from megascale.tokenize.plan import TokenizeConfig
 
 RECIPES = Path(__file__).parents[2] / "configs"
 TOKENIZE = ["source.kind=files", "source.url=corpus", "codec.weights=calibrate", "output.url=tokens"]

@@ -17,7 +17,7 @@ LEVELS = (
     ("launch", "cli", "quickstart"),
     ("tasks", "tokenize", "downstream", "report", "export", "hear"),
     ("train", "data", "model", "protocols"),
-    ("storage", "tokens", "seeding", "stopping", "log", "config", "errors", "corpora", "megascale"),
+    ("run_folder", "storage", "tokens", "seeding", "stopping", "log", "config", "errors", "corpora", "megascale"),
 )
 ROWS = (0, 3)
 ALSO_ALLOWED = {("protocols", "data")}  # splits and scores are about stored clips

@@ -21,22 +21,34 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
         folder: the run's folder; nothing is checked if no run was started there.
         config: the resolved config of now.
         job: the job's name, for messages.
-        may_change: sections or dotted keys that do not change what is computed.
+        may_change: sections (`log.`, with the dot) or dotted keys that do not change what is computed.
 
     Raises:
         ConfigError: names the first key that differs.
+        DataError: the folder's config.yaml is broken.
     """
     path = folder / CONFIG
     if not path.exists():
         return
-    before = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    before = _flatten(_read_config(path))
     now = _flatten(config.model_dump(mode="json"))
+    sections = tuple(name for name in may_change if name.endswith("."))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(may_change):
+        if before.get(key) != now.get(key) and key not in may_change and not key.startswith(sections):
             raise ConfigError(
                 f"{job}.{key}={now.get(key)}: the run in {folder} was started with {before.get(key)}; "
                 "choose another output.url, or delete that folder"
             )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(storage.read_text(str(path)))
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: broken; delete that folder, or choose another output.url")
+    return tree
 
 
 def write_config(folder: Path, config: Section) -> None:
@@ -55,9 +67,12 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        result = json.loads(path.read_bytes())
     except ValueError:
-        raise DataError(f"{path}: broken; delete it to run again") from None
+        result = None
+    if not isinstance(result, dict):
+        raise DataError(f"{path}: broken; delete it to run again")
+    return result
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

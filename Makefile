@@ -1,0 +1,49 @@
+# `make quickstart` and `make test` set up everything they need in .venv.
+# TORCH is what pip is asked for, options included. Where pip's index serves the CUDA build under this version and there
+# is no GPU:  make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# For a GPU, name the build for your CUDA in the same way.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+OUT ?= runs/quickstart
+ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install quickstart test test-all check format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED) ## virtual environment and dependencies
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --progress-bar off $(TORCH)
+	$(PY) -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED) ## audio to a table of classifiers on a small corpus; DATA=folder takes your own audio
+	$(PY) launch/quickstart.py configs/quickstart/small.yaml output.url=$(OUT) $(if $(DATA),data=$(DATA)) $(ARGS)
+
+test: $(INSTALLED) ## every test but the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED) ## every test
+	$(PY) -m pytest $(ARGS)
+
+check: $(INSTALLED) ## ruff, mypy, unit tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/unit -m "not slow" $(ARGS)
+
+format: $(INSTALLED) ## let ruff lay the code out
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,189 @@
+"""What a tokenization job is asked for, and its plan: every shard with its clips, fixed before anything is encoded."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from megascale import storage
+from megascale.config import Section
+from megascale.data.index import Quarantined
+from megascale.errors import AudioError, ConfigError, DataError, StorageError
+from megascale.log import Progress, say
+from megascale.storage import StorageConfig
+from megascale.tokenize import audio
+from megascale.tokenize.codec import CALIBRATE
+from megascale.tokenize.shards import ShardPlan, plan_shards
+from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokens import codebooks_for
+
+PLAN = "plan.json"
+CODEC_FILE = "codec.safetensors"
+
+
+class OutputConfig(Section):
+    """Where the tokens go."""
+
+    url: str = Field(description="token folder to write, local or any storage URL")
+
+
+class CodecConfig(Section):
+    """Which codec, and how many of its codebooks."""
+
+    weights: str = Field(
+        description="path or URL of encodec_24khz-d7cc33bc.th, of a codec.safetensors, or `calibrate` (no download)"
+    )
+    bitrate_kbps: float = Field(
+        12.0, description="0.75 a codebook; every lower bitrate can be read from what is stored"
+    )
+    seed: int = Field(0, description="calibrate: fixes the weights and the sample they are fitted on")
+    batch_clips: int = Field(
+        8, ge=1, description="clips of equal length encoded together; part of what fixes the codes"
+    )
+
+    @model_validator(mode="after")
+    def _whole_codebooks(self) -> "CodecConfig":
+        try:
+            codebooks_for(self.bitrate_kbps)
+        except Exception as failure:
+            raise ValueError(str(failure)) from None
+        return self
+
+
+class ShardsConfig(Section):
+    """How clips are grouped."""
+
+    clips: int = Field(1000, ge=1, description="clips planned per shard")
+
+
+class WorkersConfig(Section):
+    """Ray workers."""
+
+    count: int | None = Field(None, ge=1, description="number of workers; null takes every CPU (or GPU) of the cluster")
+    gpus_each: float = Field(0, ge=0, description="GPUs per worker; 0 encodes on CPUs, one thread a worker")
+    attempts: int = Field(3, ge=1, description="how often a shard is tried when its worker dies")
+
+
+class QuarantineConfig(Section):
+    """What to do about clips that cannot be tokenised."""
+
+    max_share: float = Field(0.01, ge=0, le=1, description="share of quarantined clips above which the job exits 3")
+
+
+class TokenizeConfig(Section):
+    """Everything `launch/tokenize_audio.py` needs."""
+
+    source: SourceConfig = Field(description="which audio")
+    clips: ClipsConfig = Field(ClipsConfig(), description="how it is cut")
+    codec: CodecConfig = Field(description="which codec")
+    shards: ShardsConfig = Field(ShardsConfig(), description="how clips are grouped")
+    output: OutputConfig = Field(description="where the tokens go")
+    workers: WorkersConfig = Field(WorkersConfig(), description="Ray workers")
+    quarantine: QuarantineConfig = Field(QuarantineConfig(), description="what is allowed to fail")
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the job will do: fixed at its first start, and read back by every later one."""
+
+    shards: list[ShardPlan]
+    unreadable: list[Quarantined]  # recordings whose length cannot be read, so that they cannot be cut
+
+    @property
+    def num_clips(self) -> int:
+        return sum(len(shard.clips) for shard in self.shards)
+
+
+def codec_url(config: TokenizeConfig) -> str:
+    """Return where the job's codec lies; a calibrated one is kept beside the shards."""
+    calibrated = config.codec.weights == CALIBRATE
+    return storage.join(config.output.url, CODEC_FILE) if calibrated else config.codec.weights
+
+
+def describe_plan(config: TokenizeConfig) -> str:
+    """Return what the job would do (`--dry-run`); writes nothing."""
+    storage.configure(config.storage)
+    plan = make_plan(config)
+    hours = sum(clip.duration_seconds or 0.0 for shard in plan.shards for clip in shard.clips) / 3600
+    lines = [f"{plan.num_clips} clips in {len(plan.shards)} shards -> {config.output.url}"]
+    lines += [f"{hours:.2f} hours of audio"] if hours else []
+    lines += (
+        [f"{len(plan.unreadable)} recordings cannot be read: {plan.unreadable[0].reason}"] if plan.unreadable else []
+    )
+    return "\n".join(lines)
+
+
+def read_plan(config: TokenizeConfig) -> Plan | None:
+    """Read the plan of an earlier start. Raises ConfigError if that was another job's."""
+    where = storage.join(config.output.url, PLAN)
+    if not storage.exists(where):
+        return None
+    stored, fixed = json.loads(storage.read_bytes(where)), _what_fixes_the_shards(config)
+    if stored["config"] != fixed:
+        names = [key for key in fixed if stored["config"].get(key) != fixed[key]]
+        raise ConfigError(
+            f"tokenize.output.url={config.output.url}: holds a job with another {', '.join(names)}; "
+            "choose another folder, or delete this one"
+        )
+    shards = [ShardPlan(s["number"], [Clip(**clip) for clip in s["clips"]]) for s in stored["shards"]]
+    return Plan(shards, [Quarantined(**bad) for bad in stored["unreadable"]])
+
+
+def publish_plan(config: TokenizeConfig, plan: Plan) -> Plan:
+    """Publish the plan; return the one that counts, because another driver may have been first."""
+    data = {"config": _what_fixes_the_shards(config), "shards": [asdict(s) for s in plan.shards]}
+    data["unreadable"] = [bad.model_dump() for bad in plan.unreadable]
+    storage.publish_bytes(storage.join(config.output.url, PLAN), json.dumps(data).encode(), create_only=True)
+    stored = read_plan(config)
+    assert stored is not None, "it was just written"
+    return stored
+
+
+def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={"source", "clips", "codec", "shards"})
+
+
+def make_plan(config: TokenizeConfig) -> Plan:
+    if config.codec.weights != CALIBRATE and not storage.exists(config.codec.weights):
+        raise ConfigError(f"tokenize.codec.weights={config.codec.weights}: no such file (or write `calibrate`)")
+    recordings, notes = list_recordings(config.source)
+    clips: list[Clip] = []
+    unreadable: list[Quarantined] = []
+    for recording, length in _with_lengths(recordings, config.clips):
+        if isinstance(length, Exception):
+            key = cut(recording, None, ClipsConfig(seconds=None))[0].key
+            unreadable.append(Quarantined(key=key, url=recording.url, reason=str(length), attempts=1))
+        else:
+            clips += cut(recording, length, config.clips)
+    if not clips:
+        raise DataError(
+            f"{config.source.url}: none of {len(recordings)} recordings can be read: {unreadable[0].reason}"
+        )
+    for what, count in notes.items():
+        if count:
+            say(f"{count} {what}")
+    return Plan(plan_shards(clips, config.shards.clips), unreadable)
+
+
+def _with_lengths(
+    recordings: list[Recording], config: ClipsConfig
+) -> Iterator[tuple[Recording, float | Exception | None]]:
+    """Pair each recording with its file's length where cutting needs it; headers are read side by side."""
+
+    def probe(recording: Recording) -> float | Exception | None:
+        if config.seconds is None or recording.duration_seconds is not None:
+            return None
+        try:
+            return audio.probe_seconds(recording.url)
+        except (AudioError, StorageError) as failure:
+            return failure
+
+    progress = Progress("reading headers", len(recordings), unit="recordings")
+    with ThreadPoolExecutor(16) as pool:
+        for i, (recording, length) in enumerate(zip(recordings, pool.map(probe, recordings), strict=True), start=1):
+            yield recording, length
+            progress.update(i)

@@ -1,0 +1,155 @@
+"""The tokenization job on a real local Ray: what is committed, what is quarantined, and what a crash leaves."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import soundfile
+from conftest import command, run
+from support import tone, write_tones
+
+from megascale.data.index import read_clips, read_manifest
+
+SMOKE = "configs/tokenize/smoke.yaml"
+
+
+def tokenize(source: Path, output: Path, *overrides: str) -> list[str]:
+    return command("tokenize_audio.py", SMOKE, f"source.url={source}", f"output.url={output}", *overrides)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("tokens-*"))}
+
+
+def state(folder: Path) -> dict[str, tuple[int, str]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> Path:
+    """Two classes of tones, and what a stranger's folder also holds."""
+    folder = tmp_path_factory.mktemp("audio")
+    paths = write_tones(folder, 40)
+    (folder / "notes.wav").write_text("this is not audio\n" * 20)
+    (folder / "nothing.wav").write_bytes(b"")
+    (folder / "cut.wav").write_bytes(paths[0].read_bytes()[:20_000])
+    soundfile.write(folder / "silent.wav", tone(2, 24_000, 100) * 0, 24_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(audio, tmp_path_factory) -> Path:
+    """The undisturbed run that others are held against."""
+    output = tmp_path_factory.mktemp("tokens") / "out"
+    printed = run(tokenize(audio, output, "workers.count=2", "shards.clips=8"))
+    assert "41 clips" in printed and "3 quarantined" in printed
+    assert "next: python launch/pretrain.py" in printed.splitlines()[-1]
+    return output
+
+
+def test_every_clip_is_either_stored_once_or_quarantined_with_its_reason(tokens):
+    manifest = read_manifest(str(tokens))
+    clips = list(read_clips(str(tokens), manifest, 2))
+    bad = [json.loads(line) for line in (tokens / "quarantine.jsonl").read_text().splitlines()]
+    assert len(clips) == len({clip.key for clip in clips}) == manifest.num_clips == 41
+    assert "silent.wav" in {clip.source for clip in clips}
+    reasons = {Path(item["url"]).name: item["reason"] for item in bad}
+    assert sorted(reasons) == ["cut.wav", "notes.wav", "nothing.wav"]
+    assert "truncated" in reasons["cut.wav"]
+    assert "empty" in reasons["nothing.wav"]
+    assert "not an audio file" in reasons["notes.wav"]
+    assert all(item["attempts"] >= 1 for item in bad)
+    report = json.loads((tokens / "tokenize_report.json").read_text())
+    assert (report["clips"], report["quarantined"]) == (41, 3)
+
+
+def test_finished_job_rewrites_nothing(audio, tokens):
+    before = state(tokens)
+    assert "already done" in run(tokenize(audio, tokens, "workers.count=2", "shards.clips=8"))
+    assert state(tokens) == before
+
+
+def test_too_many_quarantined_clips_end_with_3(audio, tokens):
+    printed = run(tokenize(audio, tokens, "shards.clips=8", "quarantine.max_share=0.01"), exit_code=3)
+    assert "quarantine.jsonl: 3 of 44 clips quarantined" in printed
+
+
+def test_folder_of_another_job_is_refused_and_left_alone(audio, tokens):
+    before = state(tokens)
+    printed = run(tokenize(audio, tokens, "shards.clips=9"), exit_code=2)
+    assert "holds a job with another shards" in printed
+    assert state(tokens) == before
+
+
+def test_job_killed_at_any_moment_goes_on_to_the_same_bytes(audio, tokens, tmp_path, start):
+    """One worker instead of two; the driver and then a worker are killed with SIGKILL on the way."""
+    line = tokenize(audio, tmp_path / "out", "workers.count=1", "shards.clips=8")
+    driver = start(line)
+    wait_for(lambda: list((tmp_path / "out").glob("tokens-*.json")), driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert 1 <= len(list((tmp_path / "out").glob("tokens-*.json"))) < 6
+
+    driver = start(line)
+    worker = wait_for(lambda: worker_of(driver), driver)
+    worker.kill()
+    assert driver.wait(timeout=200) == 0
+    assert "its worker died; trying again" in driver.stderr.read()
+    assert hashes(tmp_path / "out") == hashes(tokens)
+
+
+def worker_of(driver) -> psutil.Process | None:
+    found = psutil.process_iter(["pid", "cmdline", "ppid"])
+    workers = [p for p in found if any("ShardWorker" in part for part in p.info["cmdline"] or [])]
+    ours = {p.pid for p in psutil.Process(driver.pid).children(recursive=True)}
+    return next((p for p in workers if p.pid in ours), None)
+
+
+def wait_for(ready, driver, seconds: float = 120):
+    """Poll until something is there; a driver that ends before is a failure."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = ready()
+        if found:
+            return found
+        assert driver.poll() is None, f"the job ended too early:\n{driver.stderr.read()[-2000:]}"
+        time.sleep(0.02)
+    raise AssertionError("it never came")
+
+
+def test_sigterm_ends_with_75_and_the_same_command_goes_on(audio, tokens, tmp_path, start):
+    line = tokenize(audio, tmp_path / "out", "workers.count=1", "shards.clips=8")
+    driver = start(line)
+    wait_for(lambda: list((tmp_path / "out").glob("tokens-*.json")), driver)
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75
+    assert "run the same command to go on" in driver.stderr.read()
+    run(line)
+    assert hashes(tmp_path / "out") == hashes(tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "no such folder"),
+        (lambda folder: folder.mkdir(), "it is empty"),
+        (lambda folder: (folder.mkdir(), (folder / "a.wav").write_text("text")), "not an audio file"),
+        (lambda folder: folder.write_text("a file"), "a file, not a folder"),
+    ],
+    ids=["missing", "empty", "nothing readable", "a file"],
+)
+def test_source_without_audio_ends_with_2_and_writes_nothing(tmp_path, make, message):
+    make(tmp_path / "in")
+    printed = run(tokenize(tmp_path / "in", tmp_path / "out"), exit_code=2)
+    assert message in printed and str(tmp_path / "in") in printed
+    assert not (tmp_path / "out").exists()

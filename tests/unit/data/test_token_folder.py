@@ -1,0 +1,162 @@
+"""A token folder as training reads it: by offset, through few open files, and only what the manifest names."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import write_token_folder
+
+from megascale import storage
+from megascale.data import loader
+from megascale.data.loader import TokenFolder, split_held_out, unigram_counts
+from megascale.data.order import Order
+from megascale.errors import DataError, TokenError
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
+    """A folder of 40 random clips in 5 shards, and their codes_QT."""
+    path = tmp_path_factory.mktemp("tokens")
+    return path, write_token_folder(path, 40, num_codebooks=4, frames=20)
+
+
+@pytest.fixture
+def copy(stored, tmp_path) -> Path:
+    """The same folder, to be damaged."""
+    return Path(shutil.copytree(stored[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("bitrate_kbps", "num_codebooks"), [(0.75, 1), (1.5, 2), (3.0, 4)])
+def test_any_clip_is_read_in_any_order_at_any_bitrate_stored(stored, bitrate_kbps, num_codebooks):
+    folder = TokenFolder(str(stored[0]), bitrate_kbps)
+    for clip in (39, 0, 8, 7, 23, 39):
+        codes_QT = folder.codes(clip)
+        assert codes_QT.dtype == np.int16
+        assert np.array_equal(codes_QT, stored[1][clip][:num_codebooks])
+
+
+def test_more_codebooks_than_stored_are_refused(stored):
+    with pytest.raises(DataError, match=f"^{stored[0]}: stored with 4 codebooks, data.bitrate_kbps=12.0 needs 16$"):
+        TokenFolder(str(stored[0]), 12.0)
+
+
+def test_shard_of_another_codec_is_refused_before_training(copy):
+    index = copy / "tokens-000003.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"codec": "cd" * 32}))
+    with pytest.raises(TokenError, match=f"^{index}: made by codec cdcdcdcd, the manifest says abababab$"):
+        TokenFolder(str(copy), 1.5)
+
+
+@pytest.mark.parametrize("where", [0, 600, -1])
+def test_shard_with_a_changed_byte_is_refused_by_name(copy, where):
+    path = copy / "tokens-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+    folder = TokenFolder(str(copy), 1.5)
+    assert folder.codes(0).shape == (2, 20), "the other shards can be read"
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"^{path}: its sha256 is not the one in the manifest"):
+            folder.codes(16)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "longer"])
+def test_shard_of_another_size_is_refused_by_name(copy, how):
+    path = copy / "tokens-000001.tar"
+    data = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes({"empty": b"", "cut": data[:-512], "longer": data + b"\0"}[how])
+    with pytest.raises(DataError, match=f"^{path}: missing, or not the size that the manifest says$"):
+        TokenFolder(str(copy), 1.5).codes(8)
+
+
+def test_few_shards_are_open_at_a_time_and_none_is_hashed_twice(stored, monkeypatch):
+    hashed, sha256 = [], loader.hashlib.sha256
+    monkeypatch.setattr(loader, "_MAX_MAPPED", 2)
+    monkeypatch.setattr(loader.hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    folder = TokenFolder(str(stored[0]), 1.5)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    for clip in [*range(40), *range(0, 40, 3)]:
+        assert np.array_equal(folder.codes(clip), stored[1][clip][:2])
+        assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 2
+    assert len(hashed) == 5
+
+
+@pytest.fixture
+def remote(stored) -> str:
+    """The same folder behind a URL that is not a local path."""
+    for file in stored[0].iterdir():
+        storage.publish_bytes(f"memory://test-token-folder/{file.name}", file.read_bytes())
+    return "memory://test-token-folder"
+
+
+def test_remote_shards_are_fetched_once_into_the_cache(stored, remote, tmp_path):
+    folder = TokenFolder(remote, 1.5, str(tmp_path))
+    assert np.array_equal(folder.codes(9), stored[1][9][:2])
+    assert [p.name for p in tmp_path.iterdir()] == [f"{folder.shards[1].sha256}.tar"], "only the shard that was read"
+    changed = (tmp_path / f"{folder.shards[1].sha256}.tar").stat().st_mtime_ns
+    assert np.array_equal(TokenFolder(remote, 1.5, str(tmp_path)).codes(10), stored[1][10][:2])
+    assert (tmp_path / f"{folder.shards[1].sha256}.tar").stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 512])
+def test_damaged_cache_is_refused_by_name(remote, tmp_path, data):
+    folder = TokenFolder(remote, 1.5, str(tmp_path))
+    path = tmp_path / f"{folder.shards[0].sha256}.tar"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"^{path}: "):
+        folder.codes(0)
+
+
+def keys(folder: TokenFolder, clips: np.ndarray) -> set[str]:
+    return {folder.members[clip][1].key for clip in clips}
+
+
+def test_held_out_clips_stay_held_out_when_the_corpus_grows(tmp_path):
+    write_token_folder(tmp_path / "small", 100, frames=1)
+    write_token_folder(tmp_path / "grown", 400, frames=1, clips_per_shard=30)
+    small, grown = (TokenFolder(str(tmp_path / name), 1.5) for name in ("small", "grown"))
+    held = [keys(folder, split_held_out(folder, 0.2)[1]) for folder in (small, grown)]
+    assert held[0] == {key for key in held[1] if key < "clip-0100"}
+    # five standard deviations of a binomial share: sqrt(0.2 x 0.8 / 400) = 0.02
+    assert abs(len(held[1]) / 400 - 0.2) < 0.1
+    # a larger share holds out the same clips and more
+    assert held[1] < keys(grown, split_held_out(grown, 0.4)[1])
+
+
+def test_split_parts_the_corpus_and_counts_what_each_shard_keeps(stored):
+    folder = TokenFolder(str(stored[0]), 1.5)
+    train, valid, sizes = split_held_out(folder, 0.25)
+    assert len(valid) > 0
+    assert np.array_equal(np.sort(np.concatenate([train, valid])), np.arange(40))
+    assert sizes == tuple(sum(clip // 8 == shard for clip in train) for shard in range(5))
+    train, valid, sizes = split_held_out(folder, 0.0)
+    assert (len(train), len(valid), sizes) == (40, 0, (8, 8, 8, 8, 8))
+    train, valid, sizes = split_held_out(folder, 0.999)
+    assert (len(train), len(valid), sizes) == (0, 40, (0, 0, 0, 0, 0)), "shards that keep nothing are counted too"
+
+
+def test_folder_without_clips_is_refused_for_training(tmp_path):
+    write_token_folder(tmp_path, 0, codes=np.zeros((0, 2, 1), dtype=int))
+    _, _, sizes = split_held_out(TokenFolder(str(tmp_path), 1.5), 0.1)
+    with pytest.raises(DataError, match="the corpus has only 0 clips to train on"):
+        Order(sizes, 0, 1, 1)
+
+
+def test_unigram_counts_are_counts(stored):
+    folder = TokenFolder(str(stored[0]), 1.5)
+    clips = np.array([0, 5, 11, 39])
+    counts_QV = unigram_counts(folder, clips)
+    assert counts_QV.shape == (2, 1024)
+    for q in range(2):
+        codes = [int(code) for clip in clips for code in stored[1][clip][q]]
+        assert counts_QV[q].tolist() == [codes.count(code) for code in range(1024)]
+
+
+def test_unigram_counts_of_a_large_corpus_come_from_clips_spread_over_it(stored):
+    folder = TokenFolder(str(stored[0]), 1.5)
+    counts_QV = unigram_counts(folder, np.arange(40), limit=10)
+    assert np.array_equal(counts_QV, unigram_counts(folder, np.arange(0, 40, 4)))

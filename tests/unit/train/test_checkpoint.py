@@ -1,0 +1,249 @@
+"""Checkpoints: what has no manifest does not exist, what was changed is refused by name, and the best is never lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megascale import storage
+from megascale.errors import CheckpointError, StorageError
+from megascale.train import checkpoint
+
+WEIGHTS = {"norm.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.tensor([1.5])}
+FACTS = {"kind": "pretrained", "codec": {"fingerprint": "ab" * 32}}
+
+
+def save(checkpoints: Path, step: int, valid_loss: float | None = None, weights: float = 1.0) -> Path:
+    """A checkpoint as pretraining saves it, on two ranks; DeepSpeed's files are some bytes in a folder of their own."""
+    folder = checkpoint.step_folder(checkpoints, step)
+    checkpoint.begin(folder)
+    (folder / "zero").mkdir()
+    (folder / "zero" / "optim_states.pt").write_bytes(bytes(range(64)))
+    for rank in range(2):
+        checkpoint.save_rank_state(folder, rank, 16 * step)
+    checkpoint.write_model(folder / "model", {k: v * weights for k, v in WEIGHTS.items()}, FACTS)
+    checkpoint.commit(folder, step, 16 * step, 2, valid_loss)
+    return folder
+
+
+def steps(folders: list[Path]) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in folders]
+
+
+FILES = [
+    "model/config.json",
+    "model/model.safetensors",
+    "rank-00000.safetensors",
+    "rank-00001.safetensors",
+    "zero/optim_states.pt",
+]
+
+
+def test_manifest_names_every_file_and_keeps_what_was_consumed(tmp_path):
+    manifest = checkpoint.verify(save(tmp_path, 1000, valid_loss=3.25))
+    assert sorted(manifest.files) == FILES
+    assert (manifest.step, manifest.consumed_samples, manifest.world_size, manifest.valid_loss) == (
+        1000,
+        16_000,
+        2,
+        3.25,
+    )
+    assert checkpoint.step_folder(tmp_path, 1000).name == "step-00001000"
+
+
+def test_folder_without_a_manifest_does_not_exist(tmp_path):
+    save(tmp_path, 1, valid_loss=2.0)
+    unfinished = save(tmp_path, 2, valid_loss=1.0)
+    (unfinished / "manifest.json").unlink()
+    assert steps(checkpoint.committed(tmp_path)) == [1]
+    assert checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 1)
+    for read in (checkpoint.verify, checkpoint.read_manifest, lambda folder: checkpoint.read_model(str(folder))):
+        with pytest.raises(CheckpointError, match=f"^{unfinished}: no manifest; .* its save was not completed$"):
+            read(unfinished)
+
+
+def test_manifest_is_written_after_everything_else_and_at_once(tmp_path, monkeypatch):
+    published = []
+
+    def publish(url: str, data: bytes, create_only: bool = False) -> bool:
+        folder = checkpoint.step_folder(tmp_path, 1)
+        published.append((Path(url).name, sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))))
+        return real(url, data, create_only)
+
+    real = storage.publish_bytes
+    monkeypatch.setattr(storage, "publish_bytes", publish)
+    save(tmp_path, 1)
+    name, present = published[-1]
+    assert name == "manifest.json"
+    assert present == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_byte_changed_anywhere_is_refused_by_name(tmp_path, name):
+    path = save(tmp_path, 3) / name
+    whole = path.read_bytes()
+    for place in {0, len(whole) - 1, *range(0, len(whole), len(whole) // 50 + 1)}:
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"^{path}: its sha256 is not the one in manifest.json"):
+            checkpoint.verify(path.parents[len(Path(name).parts) - 1])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_cut_files_are_refused_by_name(tmp_path, name):
+    path = save(tmp_path, 3) / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"^{path}: its sha256"):
+        checkpoint.read_model(str(tmp_path / "step-00000003"))
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"^{path}: missing from a committed checkpoint$"):
+        checkpoint.read_model(str(tmp_path / "step-00000003"))
+
+
+def test_every_cut_of_a_manifest_is_refused_by_name(tmp_path):
+    path = save(tmp_path, 3) / "manifest.json"
+    whole = path.read_bytes()
+    for data in [*(whole[:size] for size in range(0, len(whole), 61)), b"[]", b"null", b"\xff\xfe", b'{"step": 3}']:
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"^{path}: broken: "):
+            checkpoint.read_manifest(path.parent)
+
+
+def test_random_state_comes_back_for_each_rank(tmp_path):
+    folder = checkpoint.step_folder(tmp_path, 5)
+    checkpoint.begin(folder)
+    expected = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        checkpoint.save_rank_state(folder, rank, 80)
+        expected.append(torch.rand(3))
+    checkpoint.commit(folder, 5, 80, 2, None)
+    for rank in (1, 0):
+        checkpoint.load_rank_state(folder, rank)
+        assert torch.equal(torch.rand(3), expected[rank])
+
+
+def test_rank_that_consumed_other_samples_than_the_manifest_says_is_refused(tmp_path):
+    folder = save(tmp_path, 5)
+    checkpoint.save_rank_state(folder, 1, 64)
+    checkpoint.load_rank_state(folder, 0)
+    with pytest.raises(
+        CheckpointError, match=r"rank-00001.safetensors: saved after 64 samples, manifest.json says 80$"
+    ):
+        checkpoint.load_rank_state(folder, 1)
+
+
+def test_best_has_the_lowest_loss_and_is_the_newest_where_none_was_validated(tmp_path):
+    assert checkpoint.best(tmp_path / "none") is None
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 2)
+    for step, loss in ((3, 2.5), (4, 0.0), (5, 0.5), (6, None)):
+        save(tmp_path, step, loss)
+    assert checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 4)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_checkpoint_of_a_diverged_run_is_saved_and_never_the_best(tmp_path, loss):
+    save(tmp_path, 1, 2.5)
+    assert checkpoint.verify(save(tmp_path, 2, loss)).valid_loss is None
+    assert checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 1)
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    kept = []
+    for step, loss in enumerate([5.0, 3.0, 4.0, None, 6.0, 2.0, 7.0], start=1):
+        save(tmp_path, step, loss)
+        checkpoint.prune(tmp_path, keep_last=2)
+        kept.append(steps(checkpoint.committed(tmp_path)))
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+    for folder in checkpoint.committed(tmp_path):
+        checkpoint.verify(folder)
+
+
+def test_prune_sweeps_up_half_written_older_saves_but_not_a_newer_one(tmp_path):
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, 1.0 + step)
+    for step in (4, 8):
+        (checkpoint.step_folder(tmp_path, step) / "manifest.json").unlink()
+    (tmp_path / "notes").mkdir()
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000002", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("delete", ["prune", "begin"])
+def test_deletion_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch, delete):
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def crash(folder: Path) -> None:
+        (Path(folder) / "model" / "config.json").unlink()
+        raise OSError("the machine went down")
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(OSError, match="went down"):
+        if delete == "prune":
+            checkpoint.prune(tmp_path, keep_last=1)
+        else:
+            checkpoint.begin(checkpoint.step_folder(tmp_path, 1))
+    assert steps(checkpoint.committed(tmp_path)) == [2]
+
+
+def test_save_begins_in_an_empty_folder(tmp_path):
+    folder = save(tmp_path, 4)
+    checkpoint.begin(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_model_is_read_from_a_run_a_checkpoint_or_a_bare_folder(tmp_path):
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        save(tmp_path / "run" / "checkpoints", step, loss, weights=step)
+    chosen = tmp_path / "run" / "checkpoints" / "step-00000002"
+    shutil.copytree(chosen / "model", tmp_path / "sent by mail")
+    for url in (tmp_path / "run", chosen, f"file://{chosen}", chosen / "model", tmp_path / "sent by mail"):
+        weights, facts = checkpoint.read_model(str(url))
+        assert facts == FACTS
+        assert weights.keys() == WEIGHTS.keys()
+        assert all(torch.equal(weights[name], 2 * WEIGHTS[name]) for name in WEIGHTS)
+    copied = shutil.copytree(chosen, tmp_path / "renamed")
+    (copied / "zero" / "optim_states.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"renamed/zero/optim_states.pt: its sha256"):
+        checkpoint.read_model(str(copied))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_model_folder_without_its_files_is_named(tmp_path, missing):
+    checkpoint.write_model(tmp_path, WEIGHTS, FACTS)
+    (tmp_path / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: no checkpoint here: {tmp_path}/{missing} is missing$"):
+        checkpoint.read_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("config.json", b"{"), ("config.json", b"\xff"), ("config.json", b"[]"), ("model.safetensors", b"\0" * 20)],
+)
+def test_broken_model_folder_is_named(tmp_path, name, data):
+    checkpoint.write_model(tmp_path, WEIGHTS, FACTS)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: cannot be read: "):
+        checkpoint.read_model(str(tmp_path))
+
+
+def test_run_without_a_checkpoint_and_paths_elsewhere_are_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: a run without a committed checkpoint$"):
+        checkpoint.read_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: no checkpoint here"):
+        checkpoint.read_model(str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"^s3://b/run: a local path is needed here$"):
+        checkpoint.read_model("s3://b/run")
+
+
+def test_model_config_is_plain_json(tmp_path):
+    checkpoint.write_model(tmp_path, WEIGHTS, FACTS)
+    assert json.loads((tmp_path / "config.json").read_text()) == FACTS
