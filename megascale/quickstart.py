@@ -38,6 +38,7 @@ from megascale.tokenize.plan import TokenizeConfig, codec_url
 from megascale.tokenize.sources import SourceConfig, list_recordings
 
 _ROOT = Path(__file__).resolve().parents[1]
+SUMMARY = "summary.json"
 _LABELLED = ("gtzan", "nsynth", "music_speech")
 _SYNTHETIC = (
     "The audio was synthesised by this project, in the folder layouts of GTZAN, NSynth and GTZAN music/speech. It holds "
@@ -89,6 +90,9 @@ def run(config: QuickstartConfig) -> None:
                 f"quickstart.recipes: {_recipe(recipe)}: no such file; run from a checkout of the project"
             )
     run_folder.check_config(root, config, "quickstart", ("ranks",))
+    if (root / SUMMARY).exists():
+        say(f"{root}: already done; see {root / 'report.html'}")
+        return
     _stage(1, "audio")
     sources = _own_sources(config.data) if config.data else _synthesise(config, root)
     run_folder.write_config(root, config)
@@ -109,13 +113,13 @@ def run(config: QuickstartConfig) -> None:
     _stage(5, "baselines: log-mel statistics, logistic regression")
     found = {row.name: _baselines(row, config.seed) for row in rows}
     _stage(6, "report")
-    summary = _summarise(config, table, found, runs, time.monotonic() - started)
-    storage.publish_bytes(str(root / "summary.json"), json.dumps(summary, indent=1).encode())
+    summary = _summarise(config, table, budget, found, runs, time.monotonic() - started)
     page = _write_page(config, root, tokens, summary, table, found, runs)
+    storage.publish_bytes(str(root / SUMMARY), json.dumps(summary, indent=1).encode())
     if rows:
         Console().print(_terminal_table(summary))
         print(summary["verdict"])
-    print(f"done in {duration(summary['wall_seconds'])}: {page} and {root / 'summary.json'}")
+    print(f"done in {duration(summary['wall_seconds'])}: {page} and {root / SUMMARY}")
     print(f"next: make quickstart DATA=/path/to/wavs, or python launch/pretrain.py {config.recipes.pretrain} --help")
 
 
@@ -270,7 +274,7 @@ def _baselines(row: LabelledTokens, seed: int) -> dict[str, Any]:
     log_mel = baselines.logistic_regression(features, targets, classes)
     most = np.bincount(targets["train"]).argmax()
     chance = baselines.score(targets["test"], np.full_like(targets["test"], most), classes)
-    return {"log-mel logistic regression": log_mel, "most frequent class": chance}
+    return {"log-mel logistic regression": log_mel, "chance": chance}
 
 
 def _recording_urls(manifest: Manifest) -> dict[str, str]:
@@ -284,6 +288,7 @@ def _recording_urls(manifest: Manifest) -> dict[str, str]:
 def _summarise(
     config: QuickstartConfig,
     table: dict[str, Any],
+    budget: table1.CellsConfig,
     found: dict[str, Any],
     runs: list[tuple[dict[str, Any], Path]],
     wall_seconds: float,
@@ -294,7 +299,8 @@ def _summarise(
     }
     ours = {r["bitrate_kbps"]: r["validation"] for r, _ in runs}
     return {
-        "cells": table["summary"],
+        "cells": [{**cell, "seed": config.seed} for cell in table["summary"]],
+        "budget": budget.model_dump(mode="json"),  # the same for every cell
         "baselines": found,
         "mean_accuracy": means,
         "verdict": _verdict(means, found),

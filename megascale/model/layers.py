@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-5
+INIT_STD = 0.02
 
 
 def rotary(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -88,5 +89,5 @@ def initialise(module: nn.Module, num_layers: int, generator: torch.Generator) -
             parameter.data.fill_(1.0 if "norm" in name else 0.0)
             continue
         writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / (2 * num_layers) ** 0.5 if writes_residual else 0.02
+        std = INIT_STD / (2 * num_layers) ** 0.5 if writes_residual else INIT_STD
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.model.config import ModelConfig
-from megascale.model.layers import NORM_EPS, Block, initialise, rotary
+from megascale.model.layers import INIT_STD, NORM_EPS, Block, initialise, rotary
 from megascale.tokens import CODEBOOK_SIZE
+
+_CODE_STD = 0.2  # of the codes' embeddings; everything else starts at INIT_STD or below
 
 
 class MaskedTokenOutput(NamedTuple):
@@ -59,6 +61,12 @@ class GlobalEncoder(nn.Module):
         self.patch_proj = nn.Linear(config.width, config.width, bias=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw first weights; codes stand out from the stream they start, and the patch keeps its slots apart."""
+        initialise(self, self.config.layers, generator)
+        self.embedding.table.weight.data.mul_(_CODE_STD / INIT_STD)
+        self.patch_proj.weight.data.add_(torch.eye(self.config.width))
 
     def forward(
         self,
@@ -110,8 +118,22 @@ class MegaAudioFormer(nn.Module):
         super().__init__()
         self.global_encoder = GlobalEncoder(config, num_codebooks)
         self.local_encoder = LocalEncoder(config, num_codebooks)
-        initialise(self.global_encoder, config.layers, generator)
+        self.global_encoder.initialise(generator)
         initialise(self.local_encoder, config.local_layers, generator)
+        self._align_heads()
+
+    def _align_heads(self) -> None:
+        """Let a logit begin as the likeness of slot q of the frame to the code's own embedding.
+
+        Then what attention carries over from other frames counts as a prediction from the first step on. With heads
+        drawn apart from the embeddings, each code has to be learned for itself: after 300 steps of 16 clips of 2 s,
+        held-out accuracy of codebook 0 was 6% in place of 57% (README, "What the first weights do").
+        """
+        num_codebooks, _, width = self.local_encoder.heads_QVL.shape
+        table_QVS = self.global_encoder.embedding.table.weight.data.view(num_codebooks, CODEBOOK_SIZE, -1)
+        alike_QVL = table_QVS @ self.local_encoder.slot_proj.weight.data.T
+        alike_QVL *= width**-0.5 / alike_QVL.std()  # logits of unit variance
+        self.local_encoder.heads_QVL.data.add_(alike_QVL)
 
     def forward(
         self, codes_BTQ: Tensor, masked_BTQ: Tensor, positions_BT: Tensor, valid_BT: Tensor | None = None
@@ -149,7 +171,7 @@ class AudioClassifier(nn.Module):
         super().__init__()
         self.global_encoder = GlobalEncoder(config, num_codebooks)
         self.head = nn.Linear(config.width, num_classes)
-        initialise(self.global_encoder, config.layers, generator)
+        self.global_encoder.initialise(generator)
         initialise(self.head, 1, generator)
 
     def forward(self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:

@@ -1,0 +1,73 @@
+"""The whole way in one command: on the synthesised corpus, and on a stranger's folder."""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from conftest import command, run
+from support import write_tones
+
+from megascale.downstream.table1 import ARMS, BITRATES_KBPS
+
+TASKS = ("gtzan", "nsynth", "music_speech")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    return output, run(command("quickstart.py", "configs/quickstart/smoke.yaml", f"output.url={output}"), timeout=600)
+
+
+def test_every_cell_of_the_table_is_there_with_its_scores(made):
+    summary = json.loads((made[0] / "summary.json").read_text())
+    cells = {(c["task"], c["arm"], c["bitrate_kbps"]): c for c in summary["cells"]}
+    assert set(cells) == set(product(TASKS, ARMS, BITRATES_KBPS)) and len(summary["cells"]) == 18
+    for cell in cells.values():
+        assert 0 <= cell["accuracy"] <= 1 and 0 <= cell["macro_f1"] <= 1
+        assert cell["count"] > 0 and cell["seed"] == 0
+        assert cell["lr"] in cell["lrs_tried"]
+    assert len({tuple(c["lrs_tried"]) for c in cells.values()}) == 1 and "train" in summary["budget"]["finetune"]
+    for task in TASKS:
+        assert {"chance", "log-mel logistic regression"} <= summary["baselines"][task].keys()
+    assert summary["above_unigram_q0"].keys() == {"1.5", "12"}
+    assert "scratch" in summary["verdict"]
+
+
+def test_terminal_ends_with_the_table_and_what_to_run_next(made):
+    output, printed = made
+    for stage in range(1, 7):
+        assert f"[{stage}/6]" in printed
+    assert "left" in printed
+    assert str(output / "report.html") in printed and "next: " in printed
+
+
+def test_page_is_whole_and_its_pictures_can_be_read(made):
+    output, _ = made
+    page = (output / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    for text in ("Classification", "Pretraining", "Audio and tokens", "Confusion matrices", "NOT", "calibrated on"):
+        assert text in page
+    for name in ("loss", "codebooks", "clips", *(f"confusion-{task}" for task in TASKS)):
+        assert matplotlib.image.imread(output / f"{name}.png").std() > 0.01
+
+
+def test_finished_quickstart_does_nothing_again(made):
+    output, _ = made
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    printed = run(command("quickstart.py", "configs/quickstart/smoke.yaml", f"output.url={output}"))
+    assert "already done" in printed
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+def test_own_folder_is_classified_by_its_sub_folders(tmp_path):
+    write_tones(tmp_path / "mine", 30, seconds=1.0)
+    (tmp_path / "mine" / "low" / "broken.wav").write_text("not audio")
+    output = tmp_path / "out"
+    run(command("quickstart.py", "configs/quickstart/smoke.yaml", f"data={tmp_path / 'mine'}", f"output.url={output}"))
+    summary = json.loads((output / "summary.json").read_text())
+    assert {c["task"] for c in summary["cells"]} == {"folders"} and len(summary["cells"]) == 6
+    assert all(c["count"] == 6 for c in summary["cells"])
+    assert "test files included" in (output / "report.html").read_text()
