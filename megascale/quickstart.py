@@ -83,7 +83,7 @@ def describe_plan(config: QuickstartConfig) -> str:
 def run(config: QuickstartConfig) -> None:
     """Run every stage. Raises what the jobs raise; exits like them."""
     started = time.monotonic()
-    root = storage.local_path(config.output.url)
+    root = _folder(config)
     for recipe in (config.recipes.tokenize, config.recipes.pretrain, config.recipes.table1):
         if not _recipe(recipe).exists():
             raise ConfigError(
@@ -121,6 +121,17 @@ def run(config: QuickstartConfig) -> None:
         print(summary["verdict"])
     print(f"done in {duration(summary['wall_seconds'])}: {page} and {root / SUMMARY}")
     print(f"next: make quickstart DATA=/path/to/wavs, or python launch/pretrain.py {config.recipes.pretrain} --help")
+
+
+def _folder(config: QuickstartConfig) -> Path:
+    """Return the output folder; where a quickstart on other audio lies there, one beside it named after this audio."""
+    asked = storage.local_path(config.output.url)
+    before = run_folder.read_config(asked)
+    if before is None or before.get("data") == config.data:
+        return asked
+    beside = asked.with_name(f"{asked.name}-{Path(config.data).resolve().name if config.data else 'synthesised'}")
+    say(f"{asked} holds a quickstart on other audio; this one goes to {beside}")
+    return beside
 
 
 def _stage(number: int, title: str) -> None:

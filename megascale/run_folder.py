@@ -27,10 +27,10 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
         ConfigError: names the first key that differs.
         DataError: the folder's config.yaml is broken.
     """
-    path = folder / CONFIG
-    if not path.exists():
+    stored = read_config(folder)
+    if stored is None:
         return
-    before = _flatten(_read_config(path))
+    before = _flatten(stored)
     now = _flatten(config.model_dump(mode="json"))
     sections = tuple(name for name in may_change if name.endswith("."))
     for key in sorted(before.keys() | now.keys()):
@@ -41,7 +41,11 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
             )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config that a run was started with, or None. Raises DataError if the file is broken."""
+    path = folder / CONFIG
+    if not path.exists():
+        return None
     try:
         tree = yaml.safe_load(storage.read_text(str(path)))
     except yaml.YAMLError:

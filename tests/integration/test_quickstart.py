@@ -62,11 +62,14 @@ def test_finished_quickstart_does_nothing_again(made):
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
 
-def test_own_folder_is_classified_by_its_sub_folders(tmp_path):
+def test_own_folder_is_classified_by_its_sub_folders_and_lies_beside_what_was_made_before(made, tmp_path):
     write_tones(tmp_path / "mine", 30, seconds=1.0)
     (tmp_path / "mine" / "low" / "broken.wav").write_text("not audio")
-    output = tmp_path / "out"
-    run(command("quickstart.py", "configs/quickstart/smoke.yaml", f"data={tmp_path / 'mine'}", f"output.url={output}"))
+    before = (made[0] / "summary.json").read_bytes()
+    own = [f"data={tmp_path / 'mine'}", f"output.url={made[0]}"]
+    run(command("quickstart.py", "configs/quickstart/smoke.yaml", *own))
+    assert (made[0] / "summary.json").read_bytes() == before
+    output = made[0].with_name("out-mine")
     summary = json.loads((output / "summary.json").read_text())
     assert {c["task"] for c in summary["cells"]} == {"folders"} and len(summary["cells"]) == 6
     assert all(c["count"] == 6 for c in summary["cells"])
