@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED) ## audio to a table of classifiers on a small corpus; DATA=folder takes your own audio
-	$(PY) launch/quickstart.py configs/quickstart/small.yaml output.url=$(OUT) $(if $(DATA),data=$(DATA)) $(ARGS)
+	$(PY) launch/quickstart.py configs/quickstart/small.yaml 'output.url="$(OUT)"' $(if $(DATA),'data="$(DATA)"') $(ARGS)
 
 test: $(INSTALLED) ## every test but the slow ones
 	$(PY) -m pytest -m "not slow" $(ARGS)

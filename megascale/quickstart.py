@@ -181,17 +181,18 @@ def _tokenise(config: QuickstartConfig, root: Path, sources: dict[str, SourceCon
     codec = None
     for name, source in sources.items():
         tokens[name] = str(root / "tokens" / name)
-        overrides = [f"{key}={json.dumps(value)}" for key, value in _flat_source(source).items()]
-        overrides += [f"output.url={tokens[name]}", f"codec.seed={config.seed}"]
-        overrides += [f"codec.weights={codec}"] if codec else []
+        values = {f"source.{key}": value for key, value in source.model_dump(mode="json").items()}
+        values |= {"output.url": tokens[name], "codec.seed": config.seed}
+        overrides = _overrides(values | ({"codec.weights": codec} if codec else {}))
         made = load_config(TokenizeConfig, "tokenize", str(_recipe(config.recipes.tokenize)), overrides)
         job.run(made)
         codec = codec_url(made)
     return tokens
 
 
-def _flat_source(source: SourceConfig) -> dict[str, Any]:
-    return {f"source.{key}": value for key, value in source.model_dump(mode="json").items()}
+def _overrides(values: dict[str, Any]) -> list[str]:
+    """Spell keys and values as dotted overrides; as JSON, so that no path is taken for YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -202,8 +203,8 @@ def _pretrain(config: QuickstartConfig, root: Path, tokens: str, kbps: float) ->
     folder = root / f"pretrain-{kbps:g}kbps"
     ranks = _ranks(config)
     recipe = str(_recipe(config.recipes.pretrain))
-    overrides = [f"data.url={tokens}", f"data.bitrate_kbps={kbps:g}", f"output.url={folder}", f"seed={config.seed}"]
-    overrides += config.overrides
+    values = {"data.url": tokens, "data.bitrate_kbps": kbps, "output.url": str(folder), "seed": config.seed}
+    overrides = _overrides(values) + config.overrides
     overrides += _fit_to_corpus(load_config(PretrainConfig, "pretrain", recipe, overrides), ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(_free_port()), "--log_level", "error"]
@@ -252,7 +253,7 @@ def _free_port() -> int:
 
 
 def _rows(config: QuickstartConfig, tokens: dict[str, str]) -> tuple[list[LabelledTokens], table1.CellsConfig]:
-    overrides = [f"data.{name}={tokens.get(name, '-')}" for name in _LABELLED]
+    overrides = _overrides({f"data.{name}": tokens.get(name, "") for name in _LABELLED})  # own audio has none of them
     recipe = load_config(Table1Config, "table1", str(_recipe(config.recipes.table1)), overrides)
     if config.data is None:
         return table1.rows_of(recipe), recipe.cells

@@ -63,14 +63,27 @@ def test_finished_quickstart_does_nothing_again(made):
 
 
 def test_own_folder_is_classified_by_its_sub_folders_and_lies_beside_what_was_made_before(made, tmp_path):
-    write_tones(tmp_path / "mine", 30, seconds=1.0)
-    (tmp_path / "mine" / "low" / "broken.wav").write_text("not audio")
+    mine = tmp_path / "my sounds: #1 [é]"
+    write_tones(mine, 30, seconds=1.0)
+    (mine / "low" / "broken.wav").write_text("not audio")
     before = (made[0] / "summary.json").read_bytes()
-    own = [f"data={tmp_path / 'mine'}", f"output.url={made[0]}"]
+    own = [f'data="{mine}"', f"output.url={made[0]}"]
     run(command("quickstart.py", "configs/quickstart/smoke.yaml", *own))
     assert (made[0] / "summary.json").read_bytes() == before
-    output = made[0].with_name("out-mine")
+    output = made[0].with_name(f"out-{mine.name}")
     summary = json.loads((output / "summary.json").read_text())
     assert {c["task"] for c in summary["cells"]} == {"folders"} and len(summary["cells"]) == 6
     assert all(c["count"] == 6 for c in summary["cells"])
     assert "test files included" in (output / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_quickstart_as_documented_learns_more_than_the_unigram_baseline(tmp_path):
+    """The recipe of `make quickstart`; minutes long."""
+    run(command("quickstart.py", "configs/quickstart/small.yaml", f"output.url={tmp_path}"), timeout=1800)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["cells"]) == 18
+    assert summary["above_unigram_q0"] == {"1.5": True, "12": True}
+    for result in summary["pretraining"]:
+        found = result["validation"]
+        assert found["valid/acc_q0"] > 5 * found["valid/unigram_acc_q0"]  # 110 and 23 times when this was written
