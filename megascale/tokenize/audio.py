@@ -1,14 +1,16 @@
 """Any recording to 24 kHz mono: soundfile decodes, soxr resamples. What cannot be trusted raises AudioError."""
 
 import math
-from typing import IO, Literal
+import time
+from collections import defaultdict
+from typing import IO, Any, Literal
 
 import numpy as np
 import soundfile
 import soxr
 
 from megascale import storage
-from megascale.errors import AudioError
+from megascale.errors import AudioError, StorageError
 from megascale.tokens import SAMPLE_RATE_HZ
 
 # by the first four bytes of a file made of chunks: how it writes numbers, and which chunk is its audio
@@ -27,31 +29,38 @@ def probe_seconds(url: str) -> float:
         return sound.frames / sound.samplerate
 
 
-def read_clip(url: str, start_seconds: float = 0.0, duration_seconds: float | None = None) -> np.ndarray:
+def read_clip(
+    url: str,
+    start_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    spent: defaultdict[str, float] | None = None,
+) -> np.ndarray:
     """Read a stretch of a recording as 24 kHz mono; only that stretch is decoded.
 
     Args:
         url: the recording; wav, flac, ogg or mp3, at any rate and channel count.
         start_seconds: where the stretch begins.
         duration_seconds: its length; None reads to the end.
+        spent: the seconds that reading, decoding and resampling took are added to its `read`, `decode`, `resample`.
 
     Returns:
         float32 samples of shape (S,), S = round(24000 x seconds read).
 
     Raises:
         AudioError: not audio, truncated, empty, not finite, or too short for the stretch; names the URL.
-        StorageError: cannot be read at all.
+        StorageError: cannot be read at all, or the store failed on the way.
     """
-    with storage.open_read(url) as file, _open(file, url) as sound:
-        rate = sound.samplerate
-        first, wanted = _stretch(sound, url, start_seconds, duration_seconds)
+    spent = defaultdict(float) if spent is None else spent
+    started = time.perf_counter()
+    with storage.open_read(url) as handle:
+        file = _Watched(handle)
         try:
-            sound.seek(first)
-            samples_SC = sound.read(wanted, dtype="float32", always_2d=True)
-        except (soundfile.SoundFileError, RuntimeError) as failure:
-            raise AudioError(f"{url}: cannot be decoded: {failure}") from None
-    if len(samples_SC) != wanted:
-        raise AudioError(f"{url}: truncated: {len(samples_SC)} samples could be decoded of {wanted}")
+            samples_SC, rate = _decode(file, url, start_seconds, duration_seconds)
+        except AudioError:
+            if file.failure is not None:  # what looks like a broken file is a broken connection
+                raise StorageError(f"{url}: {file.failure}") from None
+            raise
+    decoded = time.perf_counter()
     mono_S = samples_SC.mean(axis=1)
     if not np.isfinite(mono_S).all():
         raise AudioError(f"{url}: holds samples that are not finite numbers")
@@ -59,7 +68,51 @@ def read_clip(url: str, start_seconds: float = 0.0, duration_seconds: float | No
         mono_S = soxr.resample(mono_S, rate, SAMPLE_RATE_HZ)
     if not len(mono_S):
         raise AudioError(f"{url}: no samples left at {SAMPLE_RATE_HZ} Hz")
+    spent["read"] += file.seconds
+    spent["decode"] += decoded - started - file.seconds
+    spent["resample"] += time.perf_counter() - decoded
     return np.ascontiguousarray(mono_S, dtype=np.float32)
+
+
+def _decode(file: "_Watched", url: str, start_seconds: float, duration_seconds: float | None) -> tuple[np.ndarray, int]:
+    with _open(file, url) as sound:
+        first, wanted = _stretch(sound, url, start_seconds, duration_seconds)
+        try:
+            sound.seek(first)
+            samples_SC = sound.read(wanted, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, RuntimeError) as failure:
+            raise AudioError(f"{url}: cannot be decoded: {failure}") from None
+        if len(samples_SC) != wanted:
+            raise AudioError(f"{url}: truncated: {len(samples_SC)} samples could be decoded of {wanted}")
+        return samples_SC, sound.samplerate
+
+
+class _Watched:
+    """A file that keeps its first read error, and how long its reads took.
+
+    libsndfile swallows what its callbacks raise and takes the file for a shorter one.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+        self.seconds = 0.0
+
+    def read(self, size: int = -1) -> bytes:
+        started = time.perf_counter()
+        try:
+            return self._file.read(size)
+        except OSError as failure:
+            self.failure = self.failure or failure
+            raise
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _stretch(
@@ -79,7 +132,7 @@ def _stretch(
     return first, wanted
 
 
-def _open(file: IO[bytes], url: str) -> soundfile.SoundFile:
+def _open(file: Any, url: str) -> soundfile.SoundFile:
     _check_is_whole(file, url)
     try:
         sound = soundfile.SoundFile(file)

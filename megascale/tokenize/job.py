@@ -9,34 +9,31 @@ import logging
 import os
 import platform
 import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from megascale import seeding, storage
+from megascale import storage
 from megascale.data.index import (
     MANIFEST,
     CodecFacts,
     Manifest,
-    Quarantined,
     ShardFacts,
     ShardIndex,
     index_name,
     read_manifest,
 )
-from megascale.errors import AudioError, ConfigError, DataError, MegascaleError, QuarantineExceeded, StorageError
+from megascale.errors import ConfigError, DataError, MegascaleError, QuarantineExceeded
 from megascale.log import Progress, duration, say
 from megascale.stopping import StopSignal, stop_on_sigterm
-from megascale.tokenize import audio
-from megascale.tokenize.codec import CALIBRATE, Codec, calibrate, load_codec
+from megascale.tokenize.codec import CALIBRATE, Codec, load_codec
 from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, make_plan, publish_plan, read_plan
-from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard
-from megascale.tokenize.sources import Clip
-from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, codebooks_for
+from megascale.tokenize.shards import ShardPlan
+from megascale.tokenize.worker import CALLS, ShardWorker, fit_codec
+from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
 REPORT = "tokenize_report.json"
 QUARANTINE = "quarantine.jsonl"
-_CALIBRATION_SECONDS = 240.0
 # glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 _TUNED = {"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
@@ -67,10 +64,9 @@ def run(config: TokenizeConfig) -> Manifest:
         plan = publish_plan(config, plan)
     codec_file = _publish_codec(config, codec)
     missing = [s for s in plan.shards if not storage.exists(storage.join(url, index_name(s.name)))]
-    if missing:
-        _encode_shards(config, codec_file, plan, missing)
+    spent = _encode_shards(config, codec_file, plan, missing) if missing else {}
     indexes = [_read_committed(url, shard) for shard in plan.shards]
-    manifest = _finish(config, load_codec(codec_file), plan, indexes, time.monotonic() - started)
+    manifest = _finish(config, load_codec(codec_file), plan, indexes, spent, time.monotonic() - started)
     _check_quarantine(config, manifest)
     return manifest
 
@@ -104,22 +100,11 @@ def _load_or_fit_codec(config: TokenizeConfig, plan: Plan) -> bytes | None:
 def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
     say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
     ray = _start_ray()
-    fitted = ray.remote(_calibrate).options(num_cpus=1, runtime_env=_TUNED).remote(config, plan)
+    fitted = ray.remote(fit_codec).options(num_cpus=1, runtime_env=_TUNED).remote(config, plan)
     try:
         return bytes(ray.get(fitted))
     except ray.exceptions.RayTaskError as failure:
-        if isinstance(failure.cause, MegascaleError):
-            raise failure.cause from None
-        raise
-
-
-def _calibrate(config: TokenizeConfig, plan: Plan) -> bytes:
-    import torch
-
-    storage.configure(config.storage)
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
-    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
-    return calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed).to_bytes()
+        raise _users_mistake(failure) from None
 
 
 def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
@@ -129,80 +114,7 @@ def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
     return codec_url(config)
 
 
-def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
-    clips = [clip for shard in plan.shards for clip in shard.clips]
-    sample: list[np.ndarray] = []
-    seconds = 0.0
-    for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
-        try:
-            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
-        except (AudioError, StorageError):
-            continue  # its worker will quarantine it
-        seconds += len(sample[-1]) / SAMPLE_RATE_HZ
-        if seconds >= _CALIBRATION_SECONDS:
-            break
-    if not sample:
-        raise AudioError(f"{config.source.url}: no recording can be read")
-    return sample
-
-
 # ------------------------------------------------------------------------------------------------------- the workers
-
-
-class ShardWorker:
-    """Encodes shards, one after the other; lives in a Ray actor."""
-
-    def __init__(self, config: TokenizeConfig, codec_file: str) -> None:
-        import torch
-
-        storage.configure(config.storage)
-        torch.set_num_threads(1)
-        self._config = config
-        self._codec = load_codec(codec_file)
-        if config.workers.gpus_each > 0:
-            self._codec.model.to("cuda")
-
-    def encode(self, plan: ShardPlan) -> dict[str, float]:
-        """Encode one shard and publish it. Returns seconds spent per stage and counts."""
-        started = time.monotonic()
-        samples, bad = self._read(plan.clips)
-        read = time.monotonic()
-        num_codebooks = codebooks_for(self._config.codec.bitrate_kbps)
-        encoded: dict[str, EncodedClip] = {}
-        for batch in _equal_length_batches(samples, self._config.codec.batch_clips):
-            codes_BQT = self._codec.encode(np.stack([samples[clip] for clip in batch]), num_codebooks)
-            for clip, codes_QT in zip(batch, codes_BQT, strict=True):
-                encoded[plan.clips[clip].key] = EncodedClip(plan.clips[clip], codes_QT, len(samples[clip]))
-        done = time.monotonic()
-        in_order = [encoded[clip.key] for clip in plan.clips if clip.key in encoded]
-        data, index = build_shard(plan, in_order, bad, self._codec.name, self._codec.fingerprint)
-        publish_shard(self._config.output.url, data, index)
-        return {
-            "read_seconds": read - started,
-            "encode_seconds": done - read,
-            "write_seconds": time.monotonic() - done,
-            "audio_seconds": sum(map(len, samples.values())) / SAMPLE_RATE_HZ,
-            "clips": len(encoded),
-            "quarantined": len(bad),
-        }
-
-    def _read(self, clips: list[Clip]) -> tuple[dict[int, np.ndarray], list[Quarantined]]:
-        samples: dict[int, np.ndarray] = {}
-        bad = []
-        for i, clip in enumerate(clips):
-            try:
-                samples[i] = audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds)
-            except (AudioError, StorageError) as failure:
-                bad.append(Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=1))
-        return samples, bad
-
-
-def _equal_length_batches(samples: dict[int, np.ndarray], batch_clips: int) -> list[list[int]]:
-    """Group clips of one length, in order; clips are never padded, because padding changes codes."""
-    by_length: dict[int, list[int]] = {}
-    for clip, audio_S in samples.items():
-        by_length.setdefault(len(audio_S), []).append(clip)
-    return [group[i : i + batch_clips] for group in by_length.values() for i in range(0, len(group), batch_clips)]
 
 
 def _start_ray() -> Any:
@@ -216,7 +128,9 @@ def _start_ray() -> Any:
     return ray
 
 
-def _encode_shards(config: TokenizeConfig, codec_file: str, plan: Plan, missing: list[ShardPlan]) -> None:
+def _encode_shards(
+    config: TokenizeConfig, codec_file: str, plan: Plan, missing: list[ShardPlan]
+) -> defaultdict[str, float]:
     ray = _start_ray()
     resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
     each = config.workers.gpus_each if resource == "GPU" else 1
@@ -224,50 +138,68 @@ def _encode_shards(config: TokenizeConfig, codec_file: str, plan: Plan, missing:
     if available < 1:
         raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
     count = min(config.workers.count or available, len(missing))
-    actor = ray.remote(ShardWorker).options(num_cpus=1, num_gpus=config.workers.gpus_each, runtime_env=_TUNED)
+    actor = ray.remote(ShardWorker).options(
+        num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS, runtime_env=_TUNED
+    )
     say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
     with StopSignal() as stop:
-        _drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
+        return _drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
 
 
 def _drive(
     ray: Any, stop: StopSignal, config: TokenizeConfig, start: Any, count: int, missing: list[ShardPlan], plan: Plan
-) -> None:
-    """Keep every worker busy; replace a worker that dies, and give its shard to another, a bounded number of times."""
-    waiting = list(reversed(missing))
+) -> defaultdict[str, float]:
+    """Keep every worker busy; replace a worker that dies, and give its shards to others, a bounded number of times.
+
+    Returns:
+        Seconds of audio, seconds spent per stage, and counts, over all workers.
+    """
+    waiting = deque(missing)
     tries = {shard.number: 0 for shard in missing}
     running: dict[Any, tuple[Any, ShardPlan]] = {}
     total = sum(len(shard.clips) for shard in plan.shards)
     done = total - sum(len(shard.clips) for shard in missing)
     progress = Progress("tokenising", total, done, "clips")
-    quarantined, audio_seconds, started = len(plan.unreadable), 0.0, time.monotonic()
-    idle = [start() for _ in range(count)]
+    spent: defaultdict[str, float] = defaultdict(float)
+    spent["quarantined"] = len(plan.unreadable)
+    began = time.monotonic()
+    workers = [start() for _ in range(count)]
+    idle, successors = deque(workers * CALLS), dict[Any, Any]()
     while waiting or running:
         stop.check()
         while idle and waiting:
-            worker, shard = idle.pop(), waiting.pop()
+            worker, shard = idle.popleft(), waiting.popleft()
             tries[shard.number] += 1
             running[worker.encode.remote(shard)] = (worker, shard)
         for result in ray.wait(list(running), timeout=1.0)[0]:
             worker, shard = running.pop(result)
             try:
-                stats = ray.get(result)
+                for name, value in ray.get(result).items():
+                    spent[name] += value
+                done += len(shard.clips)
             except ray.exceptions.RayActorError as failure:
                 if tries[shard.number] >= config.workers.attempts:
                     raise DataError(f"{shard.name}: its worker died {tries[shard.number]} times: {failure}") from None
                 say(f"{shard.name}: its worker died; trying again")
-                worker = start()
-                waiting.append(shard)
-            else:
-                done += len(shard.clips)
-                quarantined += int(stats["quarantined"])
-                audio_seconds += stats["audio_seconds"]
+                waiting.appendleft(shard)
+                if worker not in successors:  # its other call ends here too
+                    successors[worker] = start()
+                worker = successors[worker]
+            except ray.exceptions.RayTaskError as failure:
+                raise _users_mistake(failure) from None
             idle.append(worker)
-        rate = audio_seconds / max(1e-9, time.monotonic() - started)
-        progress.update(done, f"{rate:.1f} hours of audio an hour, {quarantined} quarantined")
-    progress.close(f"{quarantined} quarantined")
-    for worker in idle:
+        rate = spent["audio"] / max(1e-9, time.monotonic() - began)
+        progress.update(done, f"{rate:.1f} hours of audio an hour, {spent['quarantined']:.0f} quarantined")
+    progress.close(f"{spent['quarantined']:.0f} quarantined")
+    for worker in set(idle):
         ray.kill(worker)
+    return spent
+
+
+def _users_mistake(failure: Any) -> Exception:
+    """Return what a worker raised if a user can do something about it, else the failure itself."""
+    cause = getattr(failure, "cause", None)
+    return cause if isinstance(cause, MegascaleError) else failure
 
 
 # --------------------------------------------------------------------------------------------------------- the finish
@@ -278,7 +210,12 @@ def _read_committed(url: str, shard: ShardPlan) -> ShardIndex:
 
 
 def _finish(
-    config: TokenizeConfig, codec: Codec, plan: Plan, indexes: list[ShardIndex], wall_seconds: float
+    config: TokenizeConfig,
+    codec: Codec,
+    plan: Plan,
+    indexes: list[ShardIndex],
+    spent: Mapping[str, float],
+    wall_seconds: float,
 ) -> Manifest:
     url = config.output.url
     for index in indexes:
@@ -299,6 +236,12 @@ def _finish(
         "wall_seconds": wall_seconds,
         "hours_of_audio_per_hour": seconds / max(wall_seconds, 1e-9),
         "codec": codec.origin,
+        # of what this start encoded itself: seconds of audio per second that one worker spent in each stage
+        "real_time_factor": {
+            stage: spent["audio"] / spent[stage]
+            for stage in ("read", "decode", "resample", "encode", "write")
+            if spent.get(stage)
+        },
     }
     storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     manifest = Manifest(

@@ -64,7 +64,7 @@ class WorkersConfig(Section):
 
     count: int | None = Field(None, ge=1, description="number of workers; null takes every CPU (or GPU) of the cluster")
     gpus_each: float = Field(0, ge=0, description="GPUs per worker; 0 encodes on CPUs, one thread a worker")
-    attempts: int = Field(3, ge=1, description="how often a shard is tried when its worker dies")
+    attempts: int = Field(3, ge=1, description="how often a clip is read, and a shard tried when its worker dies")
 
 
 class QuarantineConfig(Section):

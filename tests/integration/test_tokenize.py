@@ -18,7 +18,7 @@ from megascale.data.index import read_clips, read_manifest
 SMOKE = "configs/tokenize/smoke.yaml"
 
 
-def tokenize(source: Path, output: Path, *overrides: str) -> list[str]:
+def tokenize(source: Path | str, output: Path | str, *overrides: str) -> list[str]:
     return command("tokenize_audio.py", SMOKE, f"source.url={source}", f"output.url={output}", *overrides)
 
 

@@ -1,0 +1,140 @@
+"""What runs inside a Ray worker: encoding shards, and fitting a codec to a sample. Nothing here knows of Ray."""
+
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from megascale import seeding, storage
+from megascale.data.index import Quarantined
+from megascale.errors import AudioError, StorageError
+from megascale.tokenize import audio
+from megascale.tokenize.codec import calibrate, load_codec
+from megascale.tokenize.plan import Plan, TokenizeConfig
+from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard
+from megascale.tokenize.sources import Clip
+from megascale.tokens import SAMPLE_RATE_HZ, codebooks_for
+
+CALLS = 2  # shards a worker has in hand
+_CALIBRATION_SECONDS = 240.0
+_READERS, _READ_AHEAD = 4, 16  # threads, and clips that a shard holds ready for the encoder
+_MOST_WAITING = 8  # batches
+
+
+class ShardWorker:
+    """Encodes shards; lives in a Ray actor that runs two calls at once, so that one reads or publishes while the other
+    encodes."""
+
+    def __init__(self, config: TokenizeConfig, codec_file: str) -> None:
+        import torch
+
+        storage.configure(config.storage)
+        torch.set_num_threads(1)
+        self._config = config
+        self._codec = load_codec(codec_file)
+        self._encoder = threading.Lock()
+        if config.workers.gpus_each > 0:
+            self._codec.model.to("cuda")
+
+    def encode(self, plan: ShardPlan) -> dict[str, float]:
+        """Encode one shard and publish it. Returns seconds of audio, seconds spent per stage, and counts."""
+        spent: defaultdict[str, float] = defaultdict(float)
+        bad: list[Quarantined] = []
+        encoded: dict[int, EncodedClip] = {}
+        for batch in _equal_length_batches(self._read(plan.clips, bad, spent), self._config.codec.batch_clips):
+            with self._encoder:
+                started = time.perf_counter()
+                codes_BQT = self._codec.encode(
+                    np.stack([audio_S for _, audio_S in batch]), codebooks_for(self._config.codec.bitrate_kbps)
+                )
+                spent["encode"] += time.perf_counter() - started
+            for (i, audio_S), codes_QT in zip(batch, codes_BQT, strict=True):
+                encoded[i] = EncodedClip(plan.clips[i], codes_QT, len(audio_S))
+                spent["audio"] += len(audio_S) / SAMPLE_RATE_HZ
+        started = time.perf_counter()
+        in_order = [encoded[i] for i in sorted(encoded)]
+        data, index = build_shard(plan, in_order, bad, self._codec.name, self._codec.fingerprint)
+        publish_shard(self._config.output.url, data, index)
+        spent["write"] += time.perf_counter() - started
+        return {**spent, "clips": len(encoded), "quarantined": len(bad)}
+
+    def _read(
+        self, clips: list[Clip], bad: list[Quarantined], spent: defaultdict[str, float]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (place, float32 samples) of the clips that can be read, in order; a few are read ahead."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead: deque[Future[tuple[np.ndarray | Quarantined, dict[str, float]]]] = deque()
+            for i in range(len(clips) + _READ_AHEAD):
+                if i < len(clips):
+                    ahead.append(pool.submit(_read_clip, clips[i], self._config.workers.attempts))
+                if i >= _READ_AHEAD:
+                    found, took = ahead.popleft().result()
+                    for stage, seconds in took.items():
+                        spent[stage] += seconds
+                    if isinstance(found, Quarantined):
+                        bad.append(found)
+                    else:
+                        yield i - _READ_AHEAD, found
+
+
+def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dict[str, float]]:
+    """Read one clip. What its bytes say is final; a store that fails is asked again, a bounded number of times."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    for attempt in range(1, attempts + 1):
+        try:
+            return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
+        except AudioError as failure:
+            return Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=attempt), spent
+        except StorageError as failure:
+            reason = str(failure)
+    return Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts), spent
+
+
+def _equal_length_batches(
+    clips: Iterable[tuple[int, np.ndarray]], batch_clips: int
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Group clips of one length, in order; clips are never padded, because padding changes codes.
+
+    What is in a batch depends on the order of the clips alone. Where lengths are many, the longest waiting group goes
+    before it is full, so that no more than a few batches are held in memory.
+    """
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for clip in clips:
+        group = waiting.setdefault(len(clip[1]), [])
+        group.append(clip)
+        if len(group) == batch_clips:
+            yield waiting.pop(len(clip[1]))
+        elif sum(map(len, waiting.values())) >= _MOST_WAITING * batch_clips:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
+
+
+def fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
+    """Fit a codec to a sample of the plan's clips; return its file. Raises AudioError if too little can be read."""
+    import torch
+
+    storage.configure(config.storage)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
+    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+    return calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed).to_bytes()
+
+
+def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
+    clips = [clip for shard in plan.shards for clip in shard.clips]
+    sample: list[np.ndarray] = []
+    seconds = 0.0
+    for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
+        try:
+            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+        except (AudioError, StorageError):
+            continue  # its worker will quarantine it
+        seconds += len(sample[-1]) / SAMPLE_RATE_HZ
+        if seconds >= _CALIBRATION_SECONDS:
+            break
+    if not sample:
+        raise AudioError(f"{config.source.url}: no recording can be read")
+    return sample

