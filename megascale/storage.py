@@ -92,10 +92,13 @@ def read_text(url: str) -> str:
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open a file for seekable binary reading; remote files are read in blocks, never whole."""
     if is_local(url):
-        handle = _retry(url, lambda: cast(IO[bytes], local_path(url).open("rb")))
+        path = local_path(url)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise StorageError(f"{url}: not a regular file")
+        handle = _retry(url, lambda: cast(IO[bytes], path.open("rb")))
     else:
-        fs, path = _open_filesystem(url)
-        handle = _retry(url, lambda: cast(IO[bytes], fs.open(path, "rb", block_size=1 << 20, cache_type="readahead")))
+        fs, name = _open_filesystem(url)
+        handle = _retry(url, lambda: cast(IO[bytes], fs.open(name, "rb", block_size=1 << 20, cache_type="readahead")))
     with handle:
         yield handle
 

@@ -18,6 +18,7 @@ from megascale.data.index import (
     MANIFEST,
     CodecFacts,
     Manifest,
+    Quarantined,
     ShardFacts,
     ShardIndex,
     index_name,
@@ -155,7 +156,7 @@ def _drive(
         Seconds of audio, seconds spent per stage, and counts, over all workers.
     """
     waiting = deque(missing)
-    tries = {shard.number: 0 for shard in missing}
+    tries, killers = {shard.number: 0 for shard in missing}, dict[int, list[Quarantined]]()
     running: dict[Any, tuple[Any, ShardPlan]] = {}
     total = sum(len(shard.clips) for shard in plan.shards)
     done = total - sum(len(shard.clips) for shard in missing)
@@ -169,8 +170,10 @@ def _drive(
         stop.check()
         while idle and waiting:
             worker, shard = idle.popleft(), waiting.popleft()
+            while worker in successors:
+                worker = successors[worker]
             tries[shard.number] += 1
-            running[worker.encode.remote(shard)] = (worker, shard)
+            running[worker.encode.remote(shard, killers.get(shard.number, []))] = (worker, shard)
         for result in ray.wait(list(running), timeout=1.0)[0]:
             worker, shard = running.pop(result)
             try:
@@ -178,22 +181,41 @@ def _drive(
                     spent[name] += value
                 done += len(shard.clips)
             except ray.exceptions.RayActorError as failure:
-                if tries[shard.number] >= config.workers.attempts:
-                    raise DataError(f"{shard.name}: its worker died {tries[shard.number]} times: {failure}") from None
                 say(f"{shard.name}: its worker died; trying again")
+                if tries[shard.number] >= config.workers.attempts:
+                    if shard.number in killers:
+                        raise DataError(f"{shard.name}: its worker dies again and again: {failure}") from None
+                    killers[shard.number], tries[shard.number] = _find_killers(ray, config, start, shard), 0
                 waiting.appendleft(shard)
                 if worker not in successors:  # its other call ends here too
                     successors[worker] = start()
-                worker = successors[worker]
             except ray.exceptions.RayTaskError as failure:
                 raise _users_mistake(failure) from None
             idle.append(worker)
         rate = spent["audio"] / max(1e-9, time.monotonic() - began)
         progress.update(done, f"{rate:.1f} hours of audio an hour, {spent['quarantined']:.0f} quarantined")
     progress.close(f"{spent['quarantined']:.0f} quarantined")
-    for worker in set(idle):
+    for worker in {*workers, *successors.values()} - successors.keys():
         ray.kill(worker)
     return spent
+
+
+def _find_killers(ray: Any, config: TokenizeConfig, start: Any, shard: ShardPlan) -> list[Quarantined]:
+    """Give each clip of a shard to a worker alone; return those that no worker lives through."""
+    say(f"{shard.name}: looking for the clip that its workers die of")
+    worker, found, attempts = start(), [], config.workers.attempts
+    for clip in shard.clips:
+        for _ in range(attempts):
+            try:
+                ray.get(worker.probe.remote(clip))
+                break
+            except ray.exceptions.RayActorError:
+                worker = start()
+        else:
+            reason = f"{clip.url}: every worker that read or encoded this clip died"
+            found.append(Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts))
+    ray.kill(worker)
+    return found
 
 
 def _users_mistake(failure: Any) -> Exception:

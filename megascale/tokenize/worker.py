@@ -40,12 +40,21 @@ class ShardWorker:
         if config.workers.gpus_each > 0:
             self._codec.model.to("cuda")
 
-    def encode(self, plan: ShardPlan) -> dict[str, float]:
-        """Encode one shard and publish it. Returns seconds of audio, seconds spent per stage, and counts."""
+    def encode(self, plan: ShardPlan, excluded: list[Quarantined]) -> dict[str, float]:
+        """Encode one shard and publish it.
+
+        Args:
+            plan: the shard.
+            excluded: clips of it that are quarantined already.
+
+        Returns:
+            Seconds of audio, seconds spent per stage, and counts.
+        """
         spent: defaultdict[str, float] = defaultdict(float)
-        bad: list[Quarantined] = []
+        bad = {item.key: item for item in excluded}
+        places = [i for i, clip in enumerate(plan.clips) if clip.key not in bad]
         encoded: dict[int, EncodedClip] = {}
-        for batch in _equal_length_batches(self._read(plan.clips, bad, spent), self._config.codec.batch_clips):
+        for batch in _equal_length_batches(self._read(plan.clips, places, bad, spent), self._config.codec.batch_clips):
             with self._encoder:
                 started = time.perf_counter()
                 codes_BQT = self._codec.encode(
@@ -57,28 +66,35 @@ class ShardWorker:
                 spent["audio"] += len(audio_S) / SAMPLE_RATE_HZ
         started = time.perf_counter()
         in_order = [encoded[i] for i in sorted(encoded)]
-        data, index = build_shard(plan, in_order, bad, self._codec.name, self._codec.fingerprint)
+        bad_in_order = [bad[clip.key] for clip in plan.clips if clip.key in bad]
+        data, index = build_shard(plan, in_order, bad_in_order, self._codec.name, self._codec.fingerprint)
         publish_shard(self._config.output.url, data, index)
         spent["write"] += time.perf_counter() - started
         return {**spent, "clips": len(encoded), "quarantined": len(bad)}
 
+    def probe(self, clip: Clip) -> None:
+        """Read and encode one clip for nothing but to see whether the worker lives through it."""
+        samples_S, _ = _read_clip(clip, self._config.workers.attempts)
+        if not isinstance(samples_S, Quarantined):
+            self._codec.encode(samples_S[None], codebooks_for(self._config.codec.bitrate_kbps))
+
     def _read(
-        self, clips: list[Clip], bad: list[Quarantined], spent: defaultdict[str, float]
+        self, clips: list[Clip], places: list[int], bad: dict[str, Quarantined], spent: defaultdict[str, float]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (place, float32 samples) of the clips that can be read, in order; a few are read ahead."""
         with ThreadPoolExecutor(_READERS) as pool:
             ahead: deque[Future[tuple[np.ndarray | Quarantined, dict[str, float]]]] = deque()
-            for i in range(len(clips) + _READ_AHEAD):
-                if i < len(clips):
-                    ahead.append(pool.submit(_read_clip, clips[i], self._config.workers.attempts))
-                if i >= _READ_AHEAD:
+            for n in range(len(places) + _READ_AHEAD):
+                if n < len(places):
+                    ahead.append(pool.submit(_read_clip, clips[places[n]], self._config.workers.attempts))
+                if n >= _READ_AHEAD:
                     found, took = ahead.popleft().result()
                     for stage, seconds in took.items():
                         spent[stage] += seconds
                     if isinstance(found, Quarantined):
-                        bad.append(found)
+                        bad[found.key] = found
                     else:
-                        yield i - _READ_AHEAD, found
+                        yield places[n - _READ_AHEAD], found
 
 
 def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dict[str, float]]:

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import soundfile
@@ -158,3 +159,31 @@ def test_source_without_audio_ends_with_2_and_writes_nothing(tmp_path, make, mes
     printed = run(tokenize(tmp_path / "in", tmp_path / "out"), exit_code=2)
     assert message in printed and str(tmp_path / "in") in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_clip_that_kills_its_workers_is_quarantined_and_its_shard_is_not_lost(tokens, tmp_path, start):
+    """Every worker that opens the one long file is killed while it reads it."""
+    write_tones(tmp_path / "in", 6)
+    killer = tmp_path / "in" / "killer.wav"
+    soundfile.write(killer, np.zeros((44_100 * 900, 2), dtype=np.int16), 44_100)
+    line = tokenize(tmp_path / "in", tmp_path / "out", "clips.seconds=null", "workers.count=1", same_codec(tokens))
+    driver = start(line)
+    kills = 0
+    while driver.poll() is None:
+        worker = worker_of(driver)
+        if worker is not None and opens(worker, killer):
+            worker.kill()
+            kills += 1
+    assert driver.returncode == 0, driver.stderr.read()[-2000:]
+    assert kills == 6  # three times with its shard, three times alone
+    manifest = read_manifest(str(tmp_path / "out"))
+    (bad,) = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert manifest.num_clips == 6
+    assert bad["url"] == str(killer) and bad["attempts"] == 3 and "died" in bad["reason"]
+
+
+def opens(process: psutil.Process, path: Path) -> bool:
+    try:
+        return any(file.path == str(path) for file in process.open_files())
+    except psutil.Error:
+        return False
