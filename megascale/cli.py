@@ -14,7 +14,7 @@ from typing import Any
 from megascale.config import S, describe_keys, load_config
 from megascale.errors import ConfigError, MegascaleError, Stopped
 from megascale.log import rank
-from megascale.stopping import stop_on_sigterm
+from megascale.stopping import stop_on_signal
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 75 stopped by SIGTERM after saving."
@@ -90,7 +90,7 @@ def _main(
         if "--dry-run" in arguments:
             print(describe(config))
         else:
-            stop_on_sigterm()
+            stop_on_signal()
             run(config)
         return 0
     except MegascaleError as failure:

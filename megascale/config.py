@@ -103,6 +103,8 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = _parse(text)
     except ValueError:
         raise ConfigError(f"{override}: the value is not valid YAML; quote it") from None
+    if isinstance(value, str) and text.strip()[:1] not in ("'", '"'):
+        value = text.strip()  # YAML would take what follows ` #` in a path for a comment
     return _replaced(tree, name.split("."), value, override)
 
 

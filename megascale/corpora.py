@@ -14,12 +14,15 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+from pydantic import Field
+
+from megascale.config import Section
 
 Range = tuple[float, float]
 _CHUNK_CLIPS = 8
@@ -30,21 +33,20 @@ _VELOCITIES = (25, 50, 75, 100, 127)
 _SOURCES = ("acoustic", "electronic", "synthetic")
 
 
-@dataclass(frozen=True)
-class CorpusSizes:
+class CorpusSizes(Section):
     """How many clips of which length (seconds) each corpus holds. They are NOT the datasets whose layouts they have,
     and scores on them say nothing of the real ones."""
 
-    pretrain_clips: int = 300
-    pretrain_seconds: float = 3.0
-    gtzan_per_genre: int = 16
-    gtzan_seconds: float = 3.0
-    nsynth_train_per_family: int = 18
-    nsynth_valid_per_family: int = 5
-    nsynth_test_per_family: int = 8
-    nsynth_seconds: float = 1.5
-    music_speech_per_class: int = 20
-    music_speech_seconds: float = 3.0
+    pretrain_clips: int = Field(300, gt=0, description="clips without labels")
+    pretrain_seconds: float = Field(3.0, ge=0.1, description="length of each")
+    gtzan_per_genre: int = Field(16, gt=0, description="songs of each of the 10 genres")
+    gtzan_seconds: float = Field(3.0, ge=0.1, description="length of each")
+    nsynth_train_per_family: int = Field(18, gt=0, description="training notes of each of the 11 instrument families")
+    nsynth_valid_per_family: int = Field(5, gt=0, description="notes that choose the model, of each of 10 families")
+    nsynth_test_per_family: int = Field(8, gt=0, description="notes that are tested, of each of 10 families")
+    nsynth_seconds: float = Field(1.5, ge=0.1, description="length of each")
+    music_speech_per_class: int = Field(20, gt=0, description="clips of music, and as many of speech")
+    music_speech_seconds: float = Field(3.0, ge=0.1, description="length of each")
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def write_corpora(
         progress: called with the number of clips that exist and of all clips, at the start and as they are rendered.
 
     Raises:
-        ValueError: a size or `num_processes` is not above 0.
+        ValueError: `num_processes` is not above 0.
         OSError: a file cannot be written.
     """
-    if num_processes < 1 or min(astuple(sizes)) <= 0:
-        raise ValueError(f"num_processes and sizes must be above 0: {num_processes}, {sizes}")
+    if num_processes < 1:
+        raise ValueError(f"num_processes must be above 0: {num_processes}")
     clips = list(_unlisted_clips(Path(root), sizes))
     for split in _NSYNTH_SPLITS:
         examples = _nsynth_examples(split, getattr(sizes, f"nsynth_{split}_per_family"), seed)

@@ -14,6 +14,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """Return the number of ranks the launcher started; 1 when there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(message: str) -> None:
     """Print one line for the user, from rank 0 only."""
     if rank() == 0:

@@ -259,6 +259,8 @@ def _printable(text: str, length: int) -> str:
 def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str, Any]) -> None:
     """Write `table1.html`: the table beside the paper's, and confusion matrices."""
     folder = storage.local_path(folder_url)
+    if _is_newer(folder / "table1.html", folder / "table1.json"):
+        return  # a finished table that was asked for again
     page = Page("Table 1", folder, "table1.html")
     add_table(page, table, paper, {})
     page.heading("Confusion matrices")

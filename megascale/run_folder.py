@@ -1,6 +1,9 @@
 """A run's folder: the resolved config it was started with, and what it ended with."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +68,25 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     storage.publish_bytes(str(folder / RESULT), json.dumps(result, indent=1).encode())
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process, until the block or the process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is at work in this folder; wait for it, or stop it") from None
+        yield
+
+
+def read_result(folder: Path, name: str = RESULT) -> dict[str, Any] | None:
     """Return a finished run's result, or None. Raises DataError if the file is broken."""
-    path = folder / RESULT
+    path = folder / name
     if not path.exists():
         return None
     try:

@@ -9,8 +9,10 @@ import errno
 import glob as globbing
 import os
 import random
+import re
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import IO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
 from pydantic import Field
 
 from megascale.config import Section
@@ -70,6 +73,16 @@ def exists(url: str) -> bool:
         return _retry(url, lambda: local_path(url).exists())
     fs, path = _open_filesystem(url)
     return _retry(url, lambda: bool(fs.exists(path)))
+
+
+def size(url: str) -> int | None:
+    """Return a file's size in bytes; None if there is no such file."""
+    if not exists(url):
+        return None
+    if is_local(url):
+        return _retry(url, lambda: local_path(url).stat().st_size)
+    fs, path = _open_filesystem(url)
+    return _retry(url, lambda: int(fs.size(path)))
 
 
 def read_bytes(url: str) -> bytes:
@@ -128,12 +141,32 @@ def _list_local(root: str, pattern: str) -> list[str]:
         raise StorageError(f"{root}: no such folder")
     if folder.is_file():
         return [""]
-    if pattern:
-        found = (folder / name for name in globbing.glob(pattern, root_dir=folder, recursive=True))
-        return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
-    # followlinks stays off: a link that points up would never end
-    walk = ((Path(parent), names) for parent, _, names in os.walk(folder))
-    return [(parent / name).relative_to(folder).as_posix() for parent, names in walk for name in names]
+    if not pattern:
+        return list(_walk(folder))
+    if "**" not in pattern.split("/"):
+        return [name for name in globbing.glob(pattern, root_dir=folder) if (folder / name).is_file()]
+    # glob's own `**` goes round a link that points up until the path is too long
+    matches = re.compile(glob_translate(pattern)).match
+    hidden = "/." in f"/{pattern}"
+    found = (name for name in _walk(folder) if matches(name) and (hidden or "/." not in f"/{name}"))
+    return [name for name in found if (folder / name).is_file()]
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """Yield the files under a folder. Links to folders are followed, and no real folder is entered twice: one that is
+    reached with and without a link has its name without."""
+    entered: set[str] = set()
+    waiting = deque([top])
+    while waiting:
+        for parent, folders, names in os.walk(waiting.popleft()):  # which passes links by
+            real = os.path.realpath(parent)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders.sort()
+            waiting += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+            yield from (Path(parent, name).relative_to(top).as_posix() for name in names)
 
 
 def _list_remote(root: str, pattern: str) -> list[str]:

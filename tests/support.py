@@ -46,6 +46,7 @@ def write_token_folder(
     clips_per_shard: int = 8,
     fingerprint: str = FINGERPRINT,
     codes: np.ndarray | None = None,
+    clips_per_recording: int = 1,
 ) -> list[np.ndarray]:
     """Write a committed token folder of two classes and three splits; return each clip's codes_QT in order.
 
@@ -57,7 +58,7 @@ def write_token_folder(
             key=f"clip-{i:04d}",
             url=f"/nowhere/{i:04d}.wav",
             source=f"{i:04d}.wav",
-            recording=f"clip-{i:04d}",
+            recording=f"recording-{i // clips_per_recording:04d}",
             start_seconds=0.0,
             duration_seconds=frames / FRAMES_PER_SECOND,
             labels={"class": ("low", "high")[i % 2]},

@@ -9,7 +9,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
@@ -33,6 +33,7 @@ class Member(Section):
     """Where one clip's `.ecdc` lies in its shard: its bytes start at `offset`."""
 
     key: str = Field(description="clip key, unique in the folder")
+    recording: str = Field(description="clips cut from one recording share it")
     offset: int = Field(description="byte offset of the stream in the tar")
     size: int = Field(description="bytes")
     frames: int = Field(description="frames, 75 a second")
@@ -79,7 +80,7 @@ class ShardFacts(Section):
 class Manifest(Section):
     """The whole folder."""
 
-    version: int = Field(1, description="of this format")
+    version: Literal[1] = Field(1, description="of this format")
     codec: CodecFacts = Field(description="what made the codes")
     source: dict[str, Any] = Field(description="the job's source section")
     cut: dict[str, Any] = Field(description="the job's clips section; codes depend on where audio is cut")
@@ -100,6 +101,8 @@ class StoredClip:
     source: str
     labels: dict[str, Any]
     split: str | None
+    start_seconds: float = 0.0
+    duration_seconds: float | None = None  # None: to the recording's end
 
 
 def read_manifest(url: str) -> Manifest:
@@ -114,7 +117,7 @@ def read_manifest(url: str) -> Manifest:
     try:
         return Manifest.model_validate_json(storage.read_bytes(where))
     except ValidationError as failure:
-        raise _broken(where, failure) from None
+        raise broken(where, failure) from None
 
 
 def read_index(url: str, facts: ShardFacts, fingerprint: str) -> ShardIndex:
@@ -128,7 +131,7 @@ def read_index(url: str, facts: ShardFacts, fingerprint: str) -> ShardIndex:
     try:
         index = ShardIndex.model_validate_json(storage.read_bytes(where))
     except ValidationError as failure:
-        raise _broken(where, failure) from None
+        raise broken(where, failure) from None
     if index.codec != fingerprint:
         raise TokenError(f"{where}: made by codec {index.codec[:8]}, the manifest says {fingerprint[:8]}")
     if (index.sha256, len(index.clips)) != (facts.sha256, facts.clips):
@@ -136,8 +139,11 @@ def read_index(url: str, facts: ShardFacts, fingerprint: str) -> ShardIndex:
     return index
 
 
-def _broken(where: str, failure: ValidationError) -> DataError:
+def broken(where: str, failure: ValidationError) -> DataError:
+    """Return the error that names a broken file and what is wrong with it."""
     first = failure.errors()[0]
+    if first["loc"] == ("version",):
+        return DataError(f"{where}: version {first['input']} of the format; this package reads version 1")
     key = ".".join(map(str, first["loc"]))
     return DataError(f"{where}: broken: {key + ': ' if key else ''}{first['msg']}")
 
@@ -165,7 +171,9 @@ def read_clips(url: str, manifest: Manifest, num_codebooks: int) -> Iterator[Sto
                 key = name.removesuffix(".ecdc")
                 codes_QT = read_codes(content[name], f"{where}:{name}", manifest.codec, num_codebooks)
                 meta = json.loads(content[f"{key}.json"])
-                yield StoredClip(key, codes_QT, meta["recording"], meta["source"], meta["labels"], meta["split"])
+                stretch = meta["start_seconds"], meta["duration_seconds"]
+                facts_of_clip = meta["recording"], meta["source"], meta["labels"], meta["split"]
+                yield StoredClip(key, codes_QT, *facts_of_clip, *stretch)
 
 
 def read_codes(stream: bytes, where: str, codec: CodecFacts, num_codebooks: int) -> np.ndarray:

@@ -42,7 +42,9 @@ class DataConfig(Section):
     url: str = Field(description="token folder, as launch/tokenize_audio.py made it")
     bitrate_kbps: float = Field(1.5, description="read so many kbps of what is stored: 1.5 is Q=2, 12 is Q=16")
     clip_seconds: float = Field(10.0, gt=0, description="random crop of longer clips; shorter ones are padded")
-    valid_share: float = Field(0.02, ge=0, lt=1, description="share of clips held out for validation, by hash of key")
+    valid_share: float = Field(
+        0.02, ge=0, lt=1, description="share of clips held out for validation, by hash of recording"
+    )
     streams: int | None = Field(
         None, ge=1, description="ranges read side by side; null: largest divisor of batch <= 64"
     )
@@ -53,7 +55,8 @@ class TokenFolder:
     """Random access to the clips of a token folder."""
 
     def __init__(self, url: str, bitrate_kbps: float, cache: str | None = None) -> None:
-        """Raises DataError or TokenError: no manifest, a broken one, a shard of another codec, or too few codebooks."""
+        """Raises DataError or TokenError: no manifest, a broken one, a shard of another codec, too few codebooks, or a
+        local shard that is missing or cut."""
         self.url = url
         self.manifest: Manifest = read_manifest(url)
         self.num_codebooks = codebooks_for(bitrate_kbps)
@@ -64,6 +67,9 @@ class TokenFolder:
             )
         indexes = [read_index(url, facts, self.manifest.codec.fingerprint) for facts in self.manifest.shards]
         self.shards = self.manifest.shards
+        if storage.is_local(url):
+            for facts in self.shards:
+                _check_size(_local_shard(url, facts, cache), facts)
         self.members = [(n, member) for n, index in enumerate(indexes) for member in index.clips]
         self._cache = cache
         self._checked: set[int] = set()
@@ -80,8 +86,7 @@ class TokenFolder:
     def _map_shard(self, number: int) -> mmap.mmap:
         facts = self.shards[number]
         path = _local_shard(self.url, facts, self._cache)
-        if not path.is_file() or path.stat().st_size != facts.size:
-            raise DataError(f"{path}: missing, or not the size that the manifest says")
+        _check_size(path, facts)
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if number not in self._checked:
@@ -89,6 +94,11 @@ class TokenFolder:
                 raise DataError(f"{path}: its sha256 is not the one in the manifest; the shard was changed or damaged")
             self._checked.add(number)
         return data
+
+
+def _check_size(path: Path, facts: ShardFacts) -> None:
+    if not path.is_file() or path.stat().st_size != facts.size:
+        raise DataError(f"{path}: missing, or not the size that the manifest says")
 
 
 def _local_shard(url: str, facts: ShardFacts, cache: str | None) -> Path:
@@ -187,12 +197,13 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def split_held_out(folder: TokenFolder, valid_share: float) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Hold out clips by the hash of their key, so that a clip stays on its side when the corpus grows.
+    """Hold out clips by the hash of their recording: all its clips lie on one side, and stay there when the corpus grows.
 
     Returns:
         Training clips and held-out clips (numbers in the folder), and the training clips' count per shard.
     """
-    held = np.array([seeding.hash_share("held out", member.key) < valid_share for _, member in folder.members], bool)
+    shares = [seeding.hash_share("held out", member.recording) for _, member in folder.members]
+    held = np.array(shares) < valid_share
     shard_of = np.array([shard for shard, _ in folder.members], int)
     train, valid = np.flatnonzero(~held), np.flatnonzero(held)
     sizes = np.bincount(shard_of[train], minlength=len(folder.shards))

@@ -3,6 +3,7 @@
 S samples, F spectrogram frames, M mel bands, N recordings.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, num_frames
 
 _WINDOW = 1024
 _MELS = 64
+_BLOCK_FRAMES = 2048  # 27 s; their windows take 34 MB as float64, where those of 10 minutes would take 740 MB
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -23,18 +25,40 @@ def log_mel(audio_S: np.ndarray) -> np.ndarray:
 
     A frame's window is centred on the 320 samples of the codec's frame.
     """
+    return np.concatenate(list(_log_mel_blocks(audio_S)), axis=1)
+
+
+def log_mel_statistics(clips: Iterable[np.ndarray]) -> np.ndarray:
+    """Return mean and standard deviation of each log-mel band over the frames of a recording's clips, float32 (2M,).
+
+    One clip at a time is held.
+    """
+    count, sum_M, squares_M = 0, np.zeros(_MELS), np.zeros(_MELS)
+    shift_M1 = None
+    for audio_S in clips:
+        for block_MF in _log_mel_blocks(audio_S):
+            # sums of what is left of the first frame: a band that never changes deviates by 0, not by rounding errors
+            shift_M1 = block_MF[:, :1].astype(np.float64) if shift_M1 is None else shift_M1
+            shifted_MF = block_MF - shift_M1
+            count += shifted_MF.shape[1]
+            sum_M += shifted_MF.sum(axis=1)
+            squares_M += (shifted_MF**2).sum(axis=1)
+    assert shift_M1 is not None, "a recording has at least one clip"
+    mean_M = sum_M / count
+    deviation_M = np.sqrt(np.maximum(0, squares_M / count - mean_M**2))
+    return np.concatenate([mean_M + shift_M1[:, 0], deviation_M]).astype(np.float32)
+
+
+def _log_mel_blocks(audio_S: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the log-mel spectrogram in stretches of time, float32 (M, up to _BLOCK_FRAMES)."""
     count = num_frames(len(audio_S))
     before = (_WINDOW - SAMPLES_PER_FRAME) // 2
     after = (count - 1) * SAMPLES_PER_FRAME + _WINDOW - before - len(audio_S)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(audio_S, (before, after)), _WINDOW)[::SAMPLES_PER_FRAME]
-    power = np.abs(np.fft.rfft(windows * np.hanning(_WINDOW), axis=1)) ** 2
-    return np.log(_mel_filters() @ power.T + 1e-6).astype(np.float32)
-
-
-def log_mel_statistics(audio_S: np.ndarray) -> np.ndarray:
-    """Return mean and standard deviation over time of each log-mel band, float32 (2M,)."""
-    spectrogram_MF = log_mel(audio_S)
-    return np.concatenate([spectrogram_MF.mean(axis=1), spectrogram_MF.std(axis=1)])
+    filters, taper = _mel_filters(), np.hanning(_WINDOW)
+    for first in range(0, count, _BLOCK_FRAMES):
+        power = np.abs(np.fft.rfft(windows[first : first + _BLOCK_FRAMES] * taper, axis=1)) ** 2
+        yield np.log(filters @ power.T + 1e-6).astype(np.float32)
 
 
 def logistic_regression(

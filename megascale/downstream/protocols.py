@@ -4,7 +4,7 @@ Everything is decided by recording: windows of one recording never lie on two si
 scoring.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,6 +26,9 @@ class TaskConfig(Section):
     """What is classified, and how the clips are split."""
 
     label: str = Field(description="which label of the clips: genre, instrument_family_str, class, ...")
+    classes: list[str] | None = Field(
+        None, min_length=2, description="values of the label that take part; clips of others are left out. null: all"
+    )
     protocol: Literal["official", "paper", "stratified"] = Field(
         "paper",
         description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below",
@@ -38,6 +41,22 @@ class TaskConfig(Section):
         if self.valid_share + self.test_share >= 1:
             raise ValueError("valid_share and test_share must leave something to train on")
         return self
+
+
+def taking_part(clips: Iterable[StoredClip], config: TaskConfig) -> list[StoredClip]:
+    """Return the clips that are classified: all, or those whose label is one of `task.classes`.
+
+    Raises:
+        DataError: no clip carries one of these classes.
+    """
+    if config.classes is None:
+        return list(clips)
+    label, chosen = config.label, config.classes
+    kept = [clip for clip in clips if label in clip.labels and str(clip.labels[label]) in chosen]
+    missing = set(chosen) - {str(clip.labels[label]) for clip in kept}
+    if missing:
+        raise DataError(f"task.classes: no clip has the {label} {min(missing)!r}")
+    return kept
 
 
 def classes_of(clips: Sequence[StoredClip], label: str) -> list[str]:

@@ -179,9 +179,10 @@ def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
     storage.configure(config.storage)
     path = storage.local_path(config.output.url)
     run_folder.check_config(path, config, "table1", ("storage.",))
-    if (path / TABLE).exists():
+    finished = run_folder.read_result(path, TABLE)
+    if finished is not None:
         say(f"{path / TABLE}: already done")
-        return dict(json.loads((path / TABLE).read_text(encoding="utf-8")))
+        return finished
     describe_plan(config, job)  # checks every input before anything is written
     run_folder.write_config(path, config)
     checkpoints, output = _checkpoints(config), config.output.url
@@ -246,7 +247,10 @@ def _finetune_tree(cell: Cell, checkpoints: dict[float, str], budget: CellsConfi
 
 
 def _fan_out(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[str, Any]]:
-    results = {i: run_folder.read_result(storage.local_path(config.output.url)) for i, config in enumerate(configs)}
+    folders = [storage.local_path(config.output.url) for config in configs]
+    for folder, config in zip(folders, configs, strict=True):
+        run_folder.check_config(folder, config, "finetune", ("storage.",))
+    results = {i: run_folder.read_result(folder) for i, folder in enumerate(folders)}
     missing = [i for i, result in results.items() if result is None]
     if missing:
         results |= _train([configs[i] for i in missing], missing, len(configs), job, gpus_each)

@@ -22,19 +22,25 @@ from megascale.config import Section
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
 from megascale.data.loader import Batch, collate
 from megascale.data.transforms import DropConfig, draw_crop, draw_drop_share, draw_kept_frames
-from megascale.downstream.protocols import Splits, TaskConfig, average_windows, classes_of, score, split_clips
+from megascale.downstream.protocols import (
+    Splits,
+    TaskConfig,
+    average_windows,
+    classes_of,
+    score,
+    split_clips,
+    taking_part,
+)
 from megascale.errors import CheckpointError, ConfigError, DataError
-from megascale.log import MetricLog, say
+from megascale.log import MetricLog, say, world_size
 from megascale.model.config import ModelConfig
-from megascale.model.mega_audioformer import AudioClassifier
+from megascale.model.mega_audioformer import AudioClassifier, count_parameters
 from megascale.storage import StorageConfig
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train.checkpoint import read_model, write_model
 from megascale.train.engine import Engine, ZeroConfig, init_distributed
 from megascale.train.loop import Hooks, fit
 from megascale.train.schedule import OptimConfig
-
-ARMS = ("scratch", "ft", "ft_aug")
 
 
 class FinetuneDataConfig(Section):
@@ -96,10 +102,11 @@ def check(config: FinetuneConfig) -> None:
 def describe_plan(config: FinetuneConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     check(config)
-    _, clips, classes, splits = _open_data(config)
+    manifest, clips, classes, splits = _open_data(config)
     sizes = ", ".join(f"{len(members)} {name}" for name, members in splits.items())
+    model, _ = _build_model(config, manifest, classes)
     plan = f"{len(clips)} clips, {len(classes)} classes: {sizes}; {config.arm}, {config.train.epochs} epochs"
-    return f"{plan} -> {config.output.url}"
+    return f"{plan}, {count_parameters(model) / 1e6:.1f}M parameters -> {config.output.url}"
 
 
 def run(config: FinetuneConfig, quiet: bool = False) -> dict[str, Any]:
@@ -123,12 +130,29 @@ def run(config: FinetuneConfig, quiet: bool = False) -> dict[str, Any]:
         if not quiet:
             say(f"{path}: already done: accuracy {finished['accuracy']:.3f}, macro-F1 {finished['macro_f1']:.3f}")
         return finished
-    started = time.monotonic()
+    if world_size() != 1:
+        raise ConfigError(
+            f"finetune: runs on one process, was started on {world_size()}; fan runs out instead (table1)"
+        )
     manifest, clips, classes, splits = _open_data(config)
     model, facts = _build_model(config, manifest, classes)
-    _, world_size = init_distributed()
-    if world_size != 1:
-        raise ConfigError(f"finetune: runs on one process, was started on {world_size}; fan runs out instead (table1)")
+    with run_folder.lock(path):
+        return _train(config, path, quiet, manifest, clips, classes, splits, model, facts)
+
+
+def _train(
+    config: FinetuneConfig,
+    path: Path,
+    quiet: bool,
+    manifest: Manifest,
+    clips: list[StoredClip],
+    classes: list[str],
+    splits: Splits,
+    model: AudioClassifier,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    started = time.monotonic()
+    init_distributed()
     run_folder.write_config(path, config)
     trainer = _Trainer(config, model, clips, classes, splits, path)
     trainer.fit(quiet)
@@ -169,7 +193,7 @@ def _open_manifest(config: FinetuneConfig) -> Manifest:
 
 def _open_data(config: FinetuneConfig) -> tuple[Manifest, list[StoredClip], list[str], Splits]:
     manifest = _open_manifest(config)
-    clips = list(read_clips(config.data.url, manifest, codebooks_for(config.data.bitrate_kbps)))
+    clips = taking_part(read_clips(config.data.url, manifest, codebooks_for(config.data.bitrate_kbps)), config.task)
     classes = classes_of(clips, config.task.label)
     return manifest, clips, classes, split_clips(clips, config.task, config.seed)
 
@@ -250,7 +274,7 @@ class _Trainer:
             self._engine,
             self._batches(),
             _loss,
-            Hooks(_summarise, self._validate, lambda steps, validated: None, _note),
+            Hooks(_summarise, self._validate, None, _note),
             log,
             title="" if quiet else f"fine-tuning {self._config.arm}",
             start=0,

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from megascale.data.loader import (
 from megascale.data.order import Order, default_streams
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import CheckpointError, ConfigError, DataError
-from megascale.log import MetricLog, duration, say
+from megascale.log import MetricLog, duration, rank, say, world_size
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MaskedTokenOutput, MegaAudioFormer, count_parameters
 from megascale.storage import StorageConfig
@@ -82,18 +84,19 @@ class PretrainConfig(Section):
 def describe_plan(config: PretrainConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    storage.local_path(config.output.url)
-    folder, train, valid, order = _open_data(config)
-    model = _build_model(config)
-    weights = count_parameters(model)
+    run_folder.check_config(storage.local_path(config.output.url), config, "pretrain", _MAY_CHANGE)
+    data, model = _open_data(config), _build_model(config)
+    _accumulation(config, world_size(), data.order)
+    weights, manifest = count_parameters(model), data.folder.manifest
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
     return "\n".join(
         [
-            f"{len(train)} clips to train on, {len(valid)} held out, Q={folder.num_codebooks} ({folder.manifest.codec.name})",
+            f"{len(data.train)} clips to train on, {len(data.valid)} held out, in {len(manifest.shards)} shards, "
+            f"Q={data.folder.num_codebooks} ({manifest.codec.name})",
             f"{weights / 1e6:.1f}M parameters ({count_parameters(model.global_encoder) / 1e6:.1f}M in the global encoder); "
             f"weights, gradients and AdamW take {weights * 16 / 2**30:.2f} GiB over all ranks",
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
-            f"{config.train.steps / order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
+            f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
             f"-> {config.output.url}",
         ]
     )
@@ -106,36 +109,42 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         The run's `result.json`.
 
     Raises:
-        ConfigError, DataError, TokenError, CheckpointError: bad input.
-        Stopped: SIGTERM came; the state was saved.
+        ConfigError, DataError, TokenError, CheckpointError: bad input, or another process is at work in the folder.
+        Stopped: SIGTERM or Ctrl-C came; the state was saved.
     """
     storage.configure(config.storage)
-    run_path = storage.local_path(config.output.url)
-    run_folder.check_config(run_path, config, "pretrain", _MAY_CHANGE)
-    finished = run_folder.read_result(run_path)
+    path = storage.local_path(config.output.url)
+    run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
+    finished = run_folder.read_result(path)
     if finished is not None:
-        say(f"{run_path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
+        say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
         return finished
-    folder, train_clips, valid_clips, order = _open_data(config)
-    model = _build_model(config)
-    rank, world_size = init_distributed()
-    accumulation = _accumulation(config, world_size, order)
+    data, model = _open_data(config), _build_model(config)
+    _accumulation(config, world_size(), data.order)
+    with run_folder.lock(path) if rank() == 0 else nullcontext():
+        return _train(config, path, data, model)
+
+
+def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer) -> dict[str, Any]:
+    rank, ranks = init_distributed()
+    accumulation = _accumulation(config, ranks, data.order)
     if rank == 0:
-        run_folder.write_config(run_path, config)
+        run_folder.write_config(path, config)
     engine = Engine(model, config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps)
-    start = _resume(engine, run_path, rank, world_size, config)
-    log = MetricLog(run_path / "metrics.jsonl", start, config.log.wandb_project, run_path.name)
+    start = _resume(engine, path, rank, ranks, config)
+    log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
+    micro = config.train.micro_batch
     batches = PretrainBatches(
-        folder, config.data, config.mask, config.drop, order, train_clips, config.train.micro_batch, rank, world_size
+        data.folder, config.data, config.mask, config.drop, data.order, data.train, micro, rank, ranks
     )
-    validator = _Validator(engine, folder, config, train_clips, valid_clips)
-    say(f"{count_parameters(engine.module) / 1e6:.2f}M parameters, {len(train_clips)} clips, {world_size} ranks")
+    validator = _Validator(engine, data.folder, config, data.train, data.valid)
+    say(f"{count_parameters(engine.module) / 1e6:.2f}M parameters, {len(data.train)} clips, {ranks} ranks")
     started = time.monotonic()
     fit(
         engine,
         prefetch(batches.micro_batches, start, config.train.steps),
         _loss,
-        Hooks(_summarise, validator, _Saver(engine, run_path, folder, config, rank, world_size), _note),
+        Hooks(_summarise, validator, _Saver(engine, path, data.folder, config, rank, ranks), _note),
         log,
         title=f"pretraining {config.data.bitrate_kbps:g} kbps",
         start=start,
@@ -147,9 +156,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     log.close()
     if start == config.train.steps:  # an earlier start ended between its last save and its result
         validator(start)
-    result = _result(config, run_path, folder, validator.newest, time.monotonic() - started)
+    result = _result(config, path, data.folder, validator.newest, time.monotonic() - started)
     if rank == 0:
-        run_folder.write_result(run_path, result)
+        run_folder.write_result(path, result)
     barrier()
     say(
         f"{config.train.steps} steps in {duration(result['wall_seconds'])}, best checkpoint {result['checkpoint']}; "
@@ -158,13 +167,23 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     return result
 
 
-def _open_data(config: PretrainConfig) -> tuple[TokenFolder, np.ndarray, np.ndarray, Order]:
+@dataclass(frozen=True)
+class _Data:
+    """An opened token folder; `train` and `valid` are numbers of its clips, (N,)."""
+
+    folder: TokenFolder
+    train: np.ndarray
+    valid: np.ndarray
+    order: Order
+
+
+def _open_data(config: PretrainConfig) -> _Data:
     folder = TokenFolder(config.data.url, config.data.bitrate_kbps, config.data.cache)
     train, valid, sizes = split_held_out(folder, config.data.valid_share)
     streams = config.data.streams or default_streams(config.train.global_batch)
     order = Order(sizes, config.seed, streams, config.train.global_batch)
     spread = valid[:: max(1, len(valid) // config.train.valid_clips)]
-    return folder, train, spread[: config.train.valid_clips], order
+    return _Data(folder, train, spread[: config.train.valid_clips], order)
 
 
 def _build_model(config: PretrainConfig) -> MegaAudioFormer:
@@ -175,15 +194,15 @@ def _build_model(config: PretrainConfig) -> MegaAudioFormer:
         raise ConfigError(f"pretrain.{failure}") from None
 
 
-def _accumulation(config: PretrainConfig, world_size: int, order: Order) -> int:
-    each, rest = divmod(config.train.global_batch, world_size * config.train.micro_batch)
+def _accumulation(config: PretrainConfig, ranks: int, order: Order) -> int:
+    each, rest = divmod(config.train.global_batch, ranks * config.train.micro_batch)
     if rest:
         raise ConfigError(
             f"pretrain.train.global_batch={config.train.global_batch}: must be a multiple of "
-            f"{world_size} ranks x micro_batch={config.train.micro_batch}"
+            f"{ranks} ranks x micro_batch={config.train.micro_batch}"
         )
-    if order.streams % world_size:
-        raise ConfigError(f"pretrain.data.streams={order.streams}: must be a multiple of the {world_size} ranks")
+    if order.streams % ranks:
+        raise ConfigError(f"pretrain.data.streams={order.streams}: must be a multiple of the {ranks} ranks")
     return each
 
 

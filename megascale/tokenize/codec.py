@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,9 @@ def _from_safetensors(data: bytes, url: str) -> Codec:
 
 
 @torch.inference_mode()
-def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Codec:
+def calibrate(
+    clips: Sequence[np.ndarray], num_codebooks: int, seed: int, report: Callable[[int, int], None] | None = None
+) -> Codec:
     """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so
     that its output has zero mean and unit variance on the sample; its last convolution fitted to put out the features
     that change slowest; and residual codebooks fitted there by k-means.
@@ -159,6 +161,7 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
             second. Silent ones are left out: a convolution that puts out a constant cannot be rescaled.
         num_codebooks: how many codebooks to fit.
         seed: fixes the weights and the k-means starts.
+        report: is told the steps done and their number, after each batch of the sample and each codebook.
 
     Raises:
         AudioError: too little audio, or nothing but silence.
@@ -179,13 +182,20 @@ def calibrate(clips: Sequence[np.ndarray], num_codebooks: int, seed: int) -> Cod
     _standardise(model.encoder, torch.from_numpy(audio_BS[:_SCALE_SECONDS])[:, None])
     *layers, last = model.encoder.model
     parts = torch.from_numpy(audio_BS)[:, None].split(8)
-    hidden_BCT = torch.cat([nn.Sequential(*layers)(part_B1S) for part_B1S in parts])
+    hidden = []
+    report = report or (lambda done, total: None)
+    total = len(parts) + num_codebooks
+    for part_B1S in parts:
+        hidden.append(nn.Sequential(*layers)(part_B1S))
+        report(len(hidden), total)
+    hidden_BCT = torch.cat(hidden)
     _slow_down(last.conv.conv, hidden_BCT)
     residual_ND = last(hidden_BCT).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
     for i in range(num_codebooks):
         centers_VD, nearest_N = _fit_codebook(residual_ND, seeding.generator(seed, "codebook", i))
         _set_codebook(model, i, torch.from_numpy(centers_VD))
         residual_ND = residual_ND - centers_VD[nearest_N]
+        report(len(parts) + i + 1, total)
     return Codec(model, num_codebooks, f"calibrated on {len(audio_BS)} s, seed {seed}", published=False)
 
 

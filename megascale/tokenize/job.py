@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -21,16 +22,15 @@ from megascale.data.index import (
     Quarantined,
     ShardFacts,
     ShardIndex,
-    index_name,
     read_manifest,
 )
 from megascale.errors import ConfigError, DataError, MegascaleError, QuarantineExceeded
 from megascale.log import Progress, duration, say
-from megascale.stopping import StopSignal, stop_on_sigterm
-from megascale.tokenize.codec import CALIBRATE, Codec, load_codec
-from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, make_plan, publish_plan, read_plan
-from megascale.tokenize.shards import ShardPlan
-from megascale.tokenize.worker import CALLS, ShardWorker, fit_codec
+from megascale.stopping import StopSignal
+from megascale.tokenize.codec import Codec, load_codec
+from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, find_codec, make_plan, publish_plan, read_plan
+from megascale.tokenize.shards import ShardPlan, read_committed
+from megascale.tokenize.worker import CALLS, CodecFitter, ShardWorker
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
 REPORT = "tokenize_report.json"
@@ -60,13 +60,13 @@ def run(config: TokenizeConfig) -> Manifest:
         return manifest
     started = time.monotonic()
     plan = stored or make_plan(config)
-    codec = _load_or_fit_codec(config, plan)
+    fitted = None if find_codec(config) else _fit_codec(config, plan)
     if stored is None:
         plan = publish_plan(config, plan)
-    codec_file = _publish_codec(config, codec)
-    missing = [s for s in plan.shards if not storage.exists(storage.join(url, index_name(s.name)))]
+    codec_file = _publish_codec(config, fitted)
+    missing = [shard for shard in plan.shards if read_committed(url, shard) is None]
     spent = _encode_shards(config, codec_file, plan, missing) if missing else {}
-    indexes = [_read_committed(url, shard) for shard in plan.shards]
+    indexes = [_committed(url, shard) for shard in plan.shards]
     manifest = _finish(config, load_codec(codec_file), plan, indexes, spent, time.monotonic() - started)
     _check_quarantine(config, manifest)
     return manifest
@@ -84,28 +84,30 @@ def _check_quarantine(config: TokenizeConfig, manifest: Manifest) -> None:
 # --------------------------------------------------------------------------------------------------------- the codec
 
 
-def _load_or_fit_codec(config: TokenizeConfig, plan: Plan) -> bytes | None:
-    """Check the codec that the config names, or fit one. Returns a fitted codec's file, if it is not published yet."""
-    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
-    if config.codec.weights == CALIBRATE:
-        return None if storage.exists(codec_url(config)) else _fit_codec(config, plan)
-    codec = load_codec(config.codec.weights)
-    if num_codebooks > codec.num_codebooks:
-        raise ConfigError(
-            f"tokenize.codec.bitrate_kbps={config.codec.bitrate_kbps}: needs {num_codebooks} codebooks, "
-            f"{config.codec.weights} has {codec.num_codebooks}"
-        )
-    return None
-
-
 def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
+    """Fit a codec in an actor, and show how far it is. Returns its file."""
     say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
-    ray = _start_ray()
-    fitted = ray.remote(fit_codec).options(num_cpus=1, runtime_env=_TUNED).remote(config, plan)
-    try:
-        return bytes(ray.get(fitted))
-    except ray.exceptions.RayTaskError as failure:
-        raise _users_mistake(failure) from None
+    with StopSignal() as stop:
+        ray = _start_ray()
+        lives = {"max_restarts": 2, "max_task_retries": 2}
+        fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, runtime_env=_TUNED, **lives).remote()
+        fitted = fitter.fit.remote(config, plan)
+        progress = Progress("fitting the codec", 0, unit="steps")
+        try:
+            while not ray.wait([fitted], timeout=1.0)[0]:
+                stop.check()
+                done, progress.total = ray.get(fitter.progress.remote())
+                if progress.total:
+                    progress.update(done)
+            codec = bytes(ray.get(fitted))
+            done, progress.total = ray.get(fitter.progress.remote())
+            progress.update(done)
+            progress.close()
+            return codec
+        except ray.exceptions.RayTaskError as failure:
+            raise _users_mistake(failure) from None
+        finally:
+            ray.kill(fitter)
 
 
 def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
@@ -121,29 +123,34 @@ def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
 def _start_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only actors
-    import ray
+    with StopSignal() as stop:
+        import ray
 
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR)
-    stop_on_sigterm()  # ray.init takes the signal
+        # Ray's handler exits from wherever it is called, and Python drops that in some callbacks: the signal is lost
+        ray._private.utils.set_sigterm_handler = lambda handler: None
+        if not ray.is_initialized():
+            ray.init(logging_level=logging.ERROR)
+        if stop.asked:
+            signal.alarm(0)  # by which Ray's core, if it met the signal too, would abort this process 3 s later
+        stop.check()
     return ray
 
 
 def _encode_shards(
     config: TokenizeConfig, codec_file: str, plan: Plan, missing: list[ShardPlan]
 ) -> defaultdict[str, float]:
-    ray = _start_ray()
-    resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
-    each = config.workers.gpus_each if resource == "GPU" else 1
-    available = int(ray.cluster_resources().get(resource, 0) / each)
-    if available < 1:
-        raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
-    count = min(config.workers.count or available, len(missing))
-    actor = ray.remote(ShardWorker).options(
-        num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS, runtime_env=_TUNED
-    )
-    say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
     with StopSignal() as stop:
+        ray = _start_ray()
+        resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
+        each = config.workers.gpus_each if resource == "GPU" else 1
+        available = int(ray.cluster_resources().get(resource, 0) / each)
+        if available < 1:
+            raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
+        count = min(config.workers.count or available, len(missing))
+        actor = ray.remote(ShardWorker).options(
+            num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS, runtime_env=_TUNED
+        )
+        say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
         return _drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
 
 
@@ -185,7 +192,7 @@ def _drive(
                 if tries[shard.number] >= config.workers.attempts:
                     if shard.number in killers:
                         raise DataError(f"{shard.name}: its worker dies again and again: {failure}") from None
-                    killers[shard.number], tries[shard.number] = _find_killers(ray, config, start, shard), 0
+                    killers[shard.number], tries[shard.number] = _find_killers(ray, stop, config, start, shard), 0
                 waiting.appendleft(shard)
                 if worker not in successors:  # its other call ends here too
                     successors[worker] = start()
@@ -200,12 +207,15 @@ def _drive(
     return spent
 
 
-def _find_killers(ray: Any, config: TokenizeConfig, start: Any, shard: ShardPlan) -> list[Quarantined]:
+def _find_killers(
+    ray: Any, stop: StopSignal, config: TokenizeConfig, start: Any, shard: ShardPlan
+) -> list[Quarantined]:
     """Give each clip of a shard to a worker alone; return those that no worker lives through."""
     say(f"{shard.name}: looking for the clip that its workers die of")
     worker, found, attempts = start(), [], config.workers.attempts
     for clip in shard.clips:
         for _ in range(attempts):
+            stop.check()
             try:
                 ray.get(worker.probe.remote(clip))
                 break
@@ -227,8 +237,13 @@ def _users_mistake(failure: Any) -> Exception:
 # --------------------------------------------------------------------------------------------------------- the finish
 
 
-def _read_committed(url: str, shard: ShardPlan) -> ShardIndex:
-    return ShardIndex.model_validate_json(storage.read_bytes(storage.join(url, index_name(shard.name))))
+def _committed(url: str, shard: ShardPlan) -> ShardIndex:
+    index = read_committed(url, shard)
+    if index is None:
+        raise DataError(
+            f"{storage.join(url, shard.name)}: gone, or cut, since it was written; run the same command again"
+        )
+    return index
 
 
 def _finish(

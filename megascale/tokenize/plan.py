@@ -15,7 +15,7 @@ from megascale.errors import AudioError, ConfigError, DataError, StorageError
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
 from megascale.tokenize import audio
-from megascale.tokenize.codec import CALIBRATE
+from megascale.tokenize.codec import CALIBRATE, load_codec
 from megascale.tokenize.shards import ShardPlan, plan_shards
 from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
 from megascale.tokens import codebooks_for
@@ -104,10 +104,29 @@ def codec_url(config: TokenizeConfig) -> str:
     return storage.join(config.output.url, CODEC_FILE) if calibrated else config.codec.weights
 
 
+def find_codec(config: TokenizeConfig) -> bool:
+    """Load the job's codec to check it; return whether there is one, else it is to be fitted.
+
+    Raises:
+        ConfigError: it has fewer codebooks than the job stores.
+        TokenError, StorageError: it is no codec, or not there.
+    """
+    where = codec_url(config)
+    if config.codec.weights == CALIBRATE and not storage.exists(where):
+        return False
+    found, needed = load_codec(where).num_codebooks, codebooks_for(config.codec.bitrate_kbps)
+    if needed > found:
+        raise ConfigError(
+            f"tokenize.codec.bitrate_kbps={config.codec.bitrate_kbps}: needs {needed} codebooks, {where} has {found}"
+        )
+    return True
+
+
 def describe_plan(config: TokenizeConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    plan = make_plan(config)
+    plan = read_plan(config) or make_plan(config)
+    find_codec(config)
     hours = sum(clip.duration_seconds or 0.0 for shard in plan.shards for clip in shard.clips) / 3600
     lines = [f"{plan.num_clips} clips in {len(plan.shards)} shards -> {config.output.url}"]
     lines += [f"{hours:.2f} hours of audio"] if hours else []
@@ -118,19 +137,38 @@ def describe_plan(config: TokenizeConfig) -> str:
 
 
 def read_plan(config: TokenizeConfig) -> Plan | None:
-    """Read the plan of an earlier start. Raises ConfigError if that was another job's."""
+    """Read the plan of an earlier start, if there was one.
+
+    Raises:
+        ConfigError: the folder is another job's.
+        DataError: the plan is broken.
+    """
     where = storage.join(config.output.url, PLAN)
+    # looked for first: another driver of this job publishes its plan before its codec
+    fitted = config.codec.weights == CALIBRATE and storage.exists(codec_url(config))
     if not storage.exists(where):
+        if fitted:
+            raise ConfigError(
+                f"{codec_url(config)}: the codec of another job, for there is no {PLAN} beside it; "
+                "choose another tokenize.output.url, or delete it"
+            )
         return None
-    stored, fixed = json.loads(storage.read_bytes(where)), _what_fixes_the_shards(config)
-    if stored["config"] != fixed:
-        names = [key for key in fixed if stored["config"].get(key) != fixed[key]]
+    try:
+        stored = json.loads(storage.read_bytes(where))
+        shards = [ShardPlan(s["number"], [Clip(**clip) for clip in s["clips"]]) for s in stored["shards"]]
+        plan = Plan(shards, [Quarantined(**bad) for bad in stored["unreadable"]])
+        fixed, other = _what_fixes_the_shards(config), dict(stored["config"])
+    except (ValueError, TypeError, KeyError) as failure:
+        raise DataError(
+            f"{where}: broken: {failure}; delete it, and {CODEC_FILE} beside it, and run the same command again"
+        ) from None
+    if other != fixed:
+        names = [key for key in fixed if other.get(key) != fixed[key]]
         raise ConfigError(
             f"tokenize.output.url={config.output.url}: holds a job with another {', '.join(names)}; "
             "choose another folder, or delete this one"
         )
-    shards = [ShardPlan(s["number"], [Clip(**clip) for clip in s["clips"]]) for s in stored["shards"]]
-    return Plan(shards, [Quarantined(**bad) for bad in stored["unreadable"]])
+    return plan
 
 
 def publish_plan(config: TokenizeConfig, plan: Plan) -> Plan:

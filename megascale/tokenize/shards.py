@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from megascale import storage
-from megascale.data.index import Member, Quarantined, ShardIndex, index_name
+from megascale.data.index import Member, Quarantined, ShardIndex, broken, index_name
 from megascale.errors import DataError
 from megascale.tokenize.sources import Clip
 from megascale.tokens import num_frames, write_ecdc
@@ -63,7 +64,8 @@ def build_shard(
             stream = write_ecdc(item.codes_QT, item.audio_samples, codec_name)
             offset = _add(tar, f"{item.clip.key}.ecdc", stream)
             frames = num_frames(item.audio_samples)
-            members.append(Member(key=item.clip.key, offset=offset, size=len(stream), frames=frames))
+            key, recording = item.clip.key, item.clip.recording
+            members.append(Member(key=key, recording=recording, offset=offset, size=len(stream), frames=frames))
             _add(tar, f"{item.clip.key}.json", json.dumps(_describe(item.clip), sort_keys=True).encode())
     data = buffer.getvalue()
     digest = hashlib.sha256(data).hexdigest()
@@ -89,7 +91,26 @@ def _describe(clip: Clip) -> dict[str, Any]:
 
 
 def publish_shard(url: str, data: bytes, index: ShardIndex) -> None:
-    """Publish the tar, then the index that commits it. Two writers publish the same bytes, so either may win."""
+    """Publish the tar, then the index that commits it. Two writers publish the same bytes, so either may win.
+
+    The index of a tar that was lost is replaced if it does not fit the new tar: another machine may round otherwise.
+    """
     storage.publish_bytes(storage.join(url, index.shard), data)
-    where = storage.join(url, index_name(index.shard))
-    storage.publish_bytes(where, index.model_dump_json().encode(), create_only=True)
+    where, content = storage.join(url, index_name(index.shard)), index.model_dump_json().encode()
+    if not storage.publish_bytes(where, content, create_only=True) and storage.read_bytes(where) != content:
+        storage.publish_bytes(where, content)
+
+
+def read_committed(url: str, shard: ShardPlan) -> ShardIndex | None:
+    """Read the index of a committed shard; None if the shard has none, or its tar is missing or of another size.
+
+    Raises DataError if the index is broken.
+    """
+    where = storage.join(url, index_name(shard.name))
+    if not storage.exists(where):
+        return None
+    try:
+        index = ShardIndex.model_validate_json(storage.read_bytes(where))
+    except ValidationError as failure:
+        raise DataError(f"{broken(where, failure)}; delete it and run the same command again") from None
+    return index if storage.size(storage.join(url, shard.name)) == index.size else None

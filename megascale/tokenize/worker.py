@@ -129,14 +129,28 @@ def _equal_length_batches(
     yield from waiting.values()
 
 
-def fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
-    """Fit a codec to a sample of the plan's clips; return its file. Raises AudioError if too little can be read."""
-    import torch
+class CodecFitter:
+    """Fits a codec; lives in a Ray actor that runs two calls at once, so that it can be asked how far it is."""
 
-    storage.configure(config.storage)
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
-    num_codebooks = codebooks_for(config.codec.bitrate_kbps)
-    return calibrate(_calibration_sample(config, plan), num_codebooks, config.codec.seed).to_bytes()
+    def __init__(self) -> None:
+        self._progress = 0, 0
+
+    def progress(self) -> tuple[int, int]:
+        """Return the steps done and their number, which is 0 until the sample is read."""
+        return self._progress
+
+    def fit(self, config: TokenizeConfig, plan: Plan) -> bytes:
+        """Fit a codec to a sample of the plan's clips; return its file. Raises AudioError if too little can be read."""
+        import torch
+
+        storage.configure(config.storage)
+        torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
+        sample = _calibration_sample(config, plan)
+        num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+        return calibrate(sample, num_codebooks, config.codec.seed, self._report).to_bytes()
+
+    def _report(self, done: int, total: int) -> None:
+        self._progress = done, total
 
 
 def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:

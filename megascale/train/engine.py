@@ -13,7 +13,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns in every process that it found none
 
 import deepspeed
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megascale.config import Section
@@ -28,7 +28,17 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = Field(1, description="what is sharded: 1 optimizer, 2 and gradients, 3 and weights")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights; slow on most CPUs")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 keeps fp32 master weights, and needs stage 1 or above; slow on most CPUs"
+    )
+
+    @model_validator(mode="after")
+    def _bf16_has_master_weights(self) -> "ZeroConfig":
+        if self.precision == "bf16" and self.stage == 0:
+            raise ValueError(
+                "precision=bf16 with stage=0 would keep no fp32 weights to add small updates to; take stage 1"
+            )
+        return self
 
 
 def init_distributed() -> tuple[int, int]:

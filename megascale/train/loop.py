@@ -23,13 +23,13 @@ class Hooks:
 
     summarise: sums over all ranks since the last report -> metrics by name.
     validate: steps -> metrics; called every `validate_every` updates and after the last.
-    save: steps and the newest validation metrics (empty if there are none for this step).
+    save: steps and the newest validation metrics (empty if there are none for this step); None keeps nothing.
     note: metrics -> what the progress line says.
     """
 
     summarise: Callable[[dict[str, Tensor]], dict[str, float]]
     validate: Callable[[int], dict[str, float]]
-    save: Callable[[int, dict[str, float]], None]
+    save: Callable[[int, dict[str, float]], None] | None
     note: Callable[[dict[str, float]], str]
 
 
@@ -49,7 +49,7 @@ def fit(
     """Train from update `start` to `num_steps`. `batches` yields this rank's micro-batches, from `start` on.
 
     Raises:
-        Stopped: SIGTERM came; the state was saved first.
+        Stopped: SIGTERM or Ctrl-C came; the state was saved first, if the hooks save.
     """
     progress = Progress(title, num_steps, start, "steps")
     sums, since, waited = Sums(), time.monotonic(), 0.0
@@ -73,8 +73,9 @@ def fit(
                 validated = hooks.validate(done)
                 log.write(done, validated)
             stopping = any_rank(stop.asked)
-            if done % save_every == 0 or last or stopping:
+            if hooks.save is not None and (done % save_every == 0 or last or stopping):
                 hooks.save(done, validated)
             since += time.monotonic() - paused  # reports tell of training alone
             if stopping and not last:
-                raise Stopped(f"stopped by SIGTERM after step {done}, saved; run the same command to go on")
+                kept = "nothing of it is kept" if hooks.save is None else "saved"
+                raise Stopped(f"stopped after step {done}, {kept}; run the same command to go on")

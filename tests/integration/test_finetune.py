@@ -9,6 +9,9 @@ import safetensors.torch
 import torch
 from conftest import command, run
 from support import write_paced_tokens, write_token_folder
+from test_tokenize import wait_for
+
+from megascale.log import read_metrics
 
 SMOKE = "configs/finetune/smoke.yaml"
 
@@ -93,3 +96,13 @@ def test_what_does_not_fit_ends_with_2_and_one_line(tokens, pretrained, tmp_path
         printed = run(finetune(folder, checkpoint, tmp_path / "run", *overrides), exit_code=2)
         assert message in printed and "Traceback" not in printed
         assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_ends_with_75_and_does_not_claim_to_have_saved(tokens, pretrained, tmp_path, start):
+    driver = start(finetune(tokens, pretrained, tmp_path / "run", "train.epochs=100000"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, driver)
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75
+    assert "nothing of it is kept; run the same command to go on" in driver.stderr.read()
+    assert not (tmp_path / "run" / "result.json").exists()

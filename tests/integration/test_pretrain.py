@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -76,14 +77,14 @@ def test_torchrun_gives_the_weights_of_the_deepspeed_launcher(tokens, straight, 
 
 
 def test_run_killed_between_checkpoints_ends_with_the_weights_of_a_straight_one(tokens, straight, tmp_path, start):
-    line = deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run"))
-    driver = start(line)
+    slow = ["train.validate_every=1"]  # time to kill it
+    driver = start(deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run", *slow)))
     saved = tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json"
     wait_for(saved.exists, driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not (tmp_path / "run" / "result.json").exists()
-    assert "going on from" in run(deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run")))
+    assert "going on from" in run(deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run", *slow)))
     assert_equal_weights(weights(tmp_path / "run", 6), weights(straight, 6))
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -108,6 +109,23 @@ def test_sigterm_saves_ends_with_75_and_the_same_command_goes_on(tokens, tmp_pat
     driver.terminate()
     driver.wait(timeout=60)
     assert f"going on from {saved} (step {step} of 100000)" in driver.stderr.read()
+
+
+def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(tokens, tmp_path, start):
+    """The command dies of SIGTERM at once; its ranks must not train on unseen, nor a second start write beside them."""
+    endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]
+    driver = start(deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run", *endless)))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, driver)
+    printed = run(command("pretrain.py", *arguments(tokens, tmp_path / "run", *endless)), exit_code=2)
+    assert "another process is at work in this folder" in printed
+    ranks = psutil.Process(driver.pid).children(recursive=True)
+    assert len(ranks) == 3  # the launcher and two ranks
+    driver.terminate()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    (saved,) = checkpoint.committed(tmp_path / "run" / "checkpoints")
+    assert checkpoint.verify(saved).world_size == 2
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -142,6 +144,76 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(audio, tokens, tmp_pa
     assert "run the same command to go on" in driver.stderr.read()
     run(line)
     assert hashes(tmp_path / "out") == hashes(tokens)
+
+
+@pytest.mark.parametrize("seconds", [3.0, 12.0])
+def test_sigterm_while_a_codec_is_fitted_ends_with_75(tmp_path, start, seconds):
+    """While Ray starts, and while the codec is fitted."""
+    write_tones(tmp_path / "in", 6, seconds=20)
+    line = tokenize(tmp_path / "in", tmp_path / "out", "codec.bitrate_kbps=12")
+    driver = start(line)
+    assert "fitting a codec" in driver.stderr.readline()
+    time.sleep(seconds)
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75
+    printed = driver.stderr.read()
+    assert "run the same command to go on" in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+SIGNAL_TO_THE_CORE = """
+import os, signal, time
+import ray
+from megascale.errors import Stopped
+from megascale.stopping import stop_on_signal
+from megascale.tokenize import job
+
+stop_on_signal()
+made = ray._raylet.CoreWorker
+ray._raylet.CoreWorker = lambda *a, **k: (made(*a, **k), os.kill(os.getpid(), signal.SIGTERM))[0]
+try:
+    job._start_ray()
+except Stopped as stopped:
+    time.sleep(4)
+    print(stopped)
+"""
+
+
+def test_sigterm_that_rays_core_meets_stops_and_does_not_abort():
+    """The core catches the signal from its start to the end of ray.init, and aborts 3 s later."""
+    assert "stopped by SIGTERM" in run([sys.executable, "-c", SIGNAL_TO_THE_CORE])
+
+
+def test_command_stopped_while_it_fits_a_codec_goes_on(tmp_path, start):
+    write_tones(tmp_path / "in", 6)
+    line = tokenize(tmp_path / "in", tmp_path / "out")
+    driver = start(line)
+    assert "fitting a codec" in driver.stderr.readline()
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75
+    printed = run(line)
+    assert "fitting the codec  100%" in printed and "6 clips" in printed
+
+
+def test_lost_and_cut_shards_of_an_unfinished_folder_are_made_again(audio, tokens, tmp_path):
+    out = Path(shutil.copytree(tokens, tmp_path / "out"))
+    (out / "manifest.json").unlink()
+    first, second = out / "tokens-000000.tar", out / "tokens-000001.tar"
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-512])
+    printed = run(tokenize(audio, out, "workers.count=1", "shards.clips=8"))
+    assert "in 2 shards with 1 workers" in printed
+    assert hashes(out) == hashes(tokens)
+
+
+def test_cut_index_and_cut_plan_of_an_unfinished_folder_are_refused_by_name(audio, tokens, tmp_path):
+    out = Path(shutil.copytree(tokens, tmp_path / "out"))
+    (out / "manifest.json").unlink()
+    for name in ("tokens-000001.json", "plan.json"):
+        (out / name).write_bytes((out / name).read_bytes()[:100])
+        printed = run(tokenize(audio, out, "shards.clips=8"), exit_code=2)
+        assert f"{out / name}: broken: " in printed and "delete it" in printed and "Traceback" not in printed
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, help that tells every key, and a dry run that writes nothing."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -46,9 +47,10 @@ def call(capsys: pytest.CaptureFixture[str], work: Path) -> Iterator[Call]:
         code = getattr(cli, job)(list(arguments))
         return code, *capsys.readouterr()
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -86,6 +88,8 @@ def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]
         if inner:
             yield from keys_of(inner[0], f"{prefix}{field.alias or name}.")
         else:
+            hidden = [o for o in options if dataclasses.is_dataclass(o) or hasattr(o, "model_fields")]
+            assert not hidden, f"{prefix}{name}: what has keys must be a Section, or --help lists none of them"
             yield prefix + (field.alias or name), field.description or "no description"
 
 
@@ -187,6 +191,8 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
         ("pretrain", "train.global_batch=64", "DataError: "),
         ("pretrain", "output.url=s3://bucket/run", "StorageError: s3://bucket/run: a local path is needed here"),
         ("pretrain", "data.bitrate_kbps=12 model.width=36", "ConfigError: pretrain.model.width=36"),
+        ("pretrain", "train.micro_batch=3", "ConfigError: pretrain.train.global_batch=4: must be a multiple of"),
+        ("pretrain", "zero.stage=0 zero.precision=bf16", "ConfigError: pretrain.zero: precision=bf16 with stage=0"),
         ("finetune", "task.label=mood", "DataError: 0000.wav: has no label 'mood'"),
         ("finetune", "checkpoint=gone", "CheckpointError: gone"),
         ("table1", "checkpoints.1k5=gone", "CheckpointError: gone"),
@@ -198,6 +204,26 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
 def test_input_that_cannot_be_used_is_told_before_anything_is_written(call, work, monkeypatch, job, wrong, line):
     monkeypatch.setattr("megascale.tasks.pretrain.init_distributed", lambda: (0, 1))
     assert refused(call, work, job, *wrong.split()).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ("data=gone", "StorageError: {work}/gone: no such folder"),
+        ("data=tokens", "DataError: {work}/tokens: no audio found"),
+        ("recipes.pretrain=gone.yaml", f"ConfigError: quickstart.recipes: {ROOT}/gone.yaml: no such file"),
+        (
+            "corpus.gtzan_per_genre=0",
+            "ConfigError: quickstart.corpus.gtzan_per_genre=0: Input should be greater than 0",
+        ),
+    ],
+)
+def test_dry_run_of_a_quickstart_refuses_what_it_cannot_use(call, work, wrong, line):
+    assert refused(call, work, "quickstart", "--dry-run", wrong).startswith(line.format(work=work))
+
+
+def test_dry_run_of_a_quickstart_counts_the_files(call, work):
+    assert call("quickstart", "--dry-run", *recipe("quickstart"))[1].startswith(f"4 files of {work}/audio -> tokens")
 
 
 @jobs

@@ -19,9 +19,11 @@ class TinyConfig(Section):
 
 @pytest.fixture(autouse=True)
 def sigterm_as_it_was() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that misses the signal must not end the tests
+    # a job that misses the signal must not end the tests
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def main(run: Callable[[TinyConfig], object], *arguments: str) -> int:
@@ -43,14 +45,15 @@ def test_exit_code_says_how_the_job_ended(capsys, error, code):
     assert capsys.readouterr().err == f"{error.__name__}: because\n"
 
 
-@pytest.mark.parametrize("error", [KeyError, AssertionError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [KeyError, AssertionError, RuntimeError])
 def test_fault_of_the_code_is_not_swallowed(error):
     with pytest.raises(error):
         main(failing(error("a bug")))
 
 
-def test_sigterm_ends_a_job_with_75(capsys):
-    assert main(lambda config: os.kill(os.getpid(), signal.SIGTERM)) == 75
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_end_a_job_with_75(capsys, number):
+    assert main(lambda config: os.kill(os.getpid(), number)) == 75
     assert "run the same command to go on" in capsys.readouterr().err
 
 

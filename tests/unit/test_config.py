@@ -74,6 +74,11 @@ def test_override_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.model.optim.schedule == "cosine"
 
 
+def test_path_with_a_number_sign_is_kept_whole():
+    config = load_config(TokenizeConfig, "tokenize", None, [*TOKENIZE, "output.url=/x/take #2"])
+    assert config.output.url == "/x/take #2"
+
+
 def test_later_override_wins():
     assert load("steps=5", "steps=6").steps == 6
 

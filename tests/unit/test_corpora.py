@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from pydantic import ValidationError
 
 from megascale.corpora import CorpusSizes, write_corpora
 
@@ -124,7 +125,18 @@ def test_an_interrupted_run_goes_on(corpora: Path, tmp_path: Path) -> None:
     assert calls == [(CLIPS - 2, CLIPS), (CLIPS, CLIPS)]
 
 
-@pytest.mark.parametrize(("sizes", "processes"), [(CorpusSizes(pretrain_clips=0), 1), (CorpusSizes(), 0)])
-def test_sizes_must_be_positive(tmp_path: Path, sizes: CorpusSizes, processes: int) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        write_corpora(tmp_path, sizes, seed=0, num_processes=processes)
+@pytest.mark.parametrize("name", CorpusSizes.model_fields)
+def test_sizes_must_be_positive(name: str) -> None:
+    with pytest.raises(ValidationError, match="greater than"):
+        CorpusSizes(**{name: 0})
+
+
+def test_there_must_be_a_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_processes must be above 0"):
+        write_corpora(tmp_path, CorpusSizes(), seed=0, num_processes=0)
+
+
+def test_shortest_sounds_can_be_rendered(tmp_path: Path) -> None:
+    shortest = {name: 0.1 if name.endswith("_seconds") else 1 for name in CorpusSizes.model_fields}
+    write_corpora(tmp_path, CorpusSizes(**shortest), seed=0, num_processes=1)
+    assert {len(soundfile.read(path)[0]) for path in tmp_path.rglob("*.wav")} == {2205, 1600}

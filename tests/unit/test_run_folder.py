@@ -111,3 +111,11 @@ def test_broken_result_is_named(tmp_path, data):
     with pytest.raises(DataError) as failure:
         run_folder.read_result(tmp_path)
     assert str(failure.value) == f"{tmp_path / 'result.json'}: broken; delete it to run again"
+
+
+def test_folder_is_held_by_one_process_until_its_block_ends(tmp_path):
+    again = pytest.raises(ConfigError, match="another process is at work")
+    with run_folder.lock(tmp_path / "run"), again, run_folder.lock(tmp_path / "run"):
+        pass
+    with run_folder.lock(tmp_path / "run"):
+        pass

@@ -231,10 +231,35 @@ def test_pattern_below_a_folder_whose_name_looks_like_one_is_read_as_a_pattern(t
         assert storage.list_files(f"{folder}/*.wav") == (folder, ["a.wav"])
 
 
-def test_link_that_points_up_does_not_loop(tmp_path):
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.wav"])
+def test_link_that_points_up_does_not_loop(tmp_path, pattern):
     write(tmp_path, "low/a.wav")
     (tmp_path / "low" / "up").symlink_to(tmp_path)
-    assert storage.list_files(str(tmp_path))[1] == ["low/a.wav"]
+    (tmp_path / "low" / "here").symlink_to(tmp_path / "low")
+    assert storage.list_files(f"{tmp_path}{pattern}")[1] == ["low/a.wav"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.wav"])
+def test_linked_folder_is_listed_once_and_a_real_one_under_its_own_name(tmp_path, pattern):
+    write(tmp_path, "corpus/z/a.wav", "elsewhere/b.wav", "elsewhere/deep/c.wav")
+    (tmp_path / "corpus" / "a").symlink_to(tmp_path / "corpus" / "z")
+    for name in ("m", "n"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "elsewhere")
+    expected = ["m/b.wav", "m/deep/c.wav", "z/a.wav"]
+    assert storage.list_files(f"{tmp_path}/corpus{pattern}")[1] == expected
+
+
+def test_recursive_pattern_finds_hidden_files_only_where_it_names_them(tmp_path):
+    write(tmp_path, "a.wav", ".trash/b.wav")
+    assert storage.list_files(f"{tmp_path}/**/*.wav")[1] == ["a.wav"]
+    assert storage.list_files(f"{tmp_path}/**/.trash/*.wav")[1] == [".trash/b.wav"]
+
+
+def test_size_is_that_of_the_file_and_none_if_there_is_none(tmp_path):
+    for url in (str(tmp_path / "x"), f"memory:/{tmp_path}/x"):
+        assert storage.size(url) is None
+        storage.publish_bytes(url, b"12345")
+        assert storage.size(url) == 5
 
 
 def test_missing_folder_and_file_as_folder_are_named(tmp_path):

@@ -51,7 +51,7 @@ def test_every_clip_is_read_back_in_order(tmp_path):
         for i, clip in enumerate(clips):
             assert np.array_equal(clip.codes_QT, made[i][:num_codebooks])
             assert clip.labels == {"class": ("low", "high")[i % 2]}
-            assert (clip.source, clip.recording) == (f"{i:04d}.wav", f"clip-{i:04d}")
+            assert (clip.source, clip.recording) == (f"{i:04d}.wav", f"recording-{i:04d}")
             assert clip.split == ("train", "train", "train", "train", "valid", "valid", "test", "test")[i % 8]
 
 
@@ -97,6 +97,13 @@ def test_every_cut_of_a_manifest_is_refused(folder):
 def test_manifest_with_a_key_of_another_version_is_refused(folder):
     change(folder / MANIFEST, compression="zstd")
     with pytest.raises(DataError, match=r"manifest.json: broken: .*compression"):
+        read_manifest(str(folder))
+
+
+@pytest.mark.parametrize("more", [{}, {"compression": "zstd"}])
+def test_manifest_of_another_version_is_refused_by_name(folder, more):
+    change(folder / MANIFEST, version=2, **more)
+    with pytest.raises(DataError, match=f"^{folder}/manifest.json: version 2 of the format; this package reads vers"):
         read_manifest(str(folder))
 
 

@@ -70,7 +70,7 @@ def test_shard_of_another_size_is_refused_by_name(copy, how):
     if how != "missing":
         path.write_bytes({"empty": b"", "cut": data[:-512], "longer": data + b"\0"}[how])
     with pytest.raises(DataError, match=f"^{path}: missing, or not the size that the manifest says$"):
-        TokenFolder(str(copy), 1.5).codes(8)
+        TokenFolder(str(copy), 1.5)
 
 
 def test_few_shards_are_open_at_a_time_and_none_is_hashed_twice(stored, monkeypatch):
@@ -125,6 +125,19 @@ def test_held_out_clips_stay_held_out_when_the_corpus_grows(tmp_path):
     assert abs(len(held[1]) / 400 - 0.2) < 0.1
     # a larger share holds out the same clips and more
     assert held[1] < keys(grown, split_held_out(grown, 0.4)[1])
+
+
+def test_clips_of_one_recording_lie_on_one_side_and_stay_there_when_the_corpus_grows(tmp_path):
+    write_token_folder(tmp_path / "small", 100, frames=1, clips_per_recording=5)
+    write_token_folder(tmp_path / "grown", 400, frames=1, clips_per_recording=5)
+    sides = []
+    for name in ("small", "grown"):
+        folder = TokenFolder(str(tmp_path / name), 1.5)
+        train, valid, _ = split_held_out(folder, 0.3)
+        kept, held = ({folder.members[clip][1].recording for clip in side} for side in (train, valid))
+        assert kept and held and not kept & held
+        sides.append(held)
+    assert sides[0] == {recording for recording in sides[1] if recording < "recording-0020"}
 
 
 def test_split_parts_the_corpus_and_counts_what_each_shard_keeps(stored):

@@ -2,6 +2,7 @@
 
 import cmath
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support import tone
 
+from megascale.downstream import baselines
 from megascale.downstream.baselines import log_mel, log_mel_statistics, logistic_regression
 from megascale.tokens import num_frames
 
@@ -84,15 +86,45 @@ def test_every_band_hears_something():
 
 def test_statistics_are_mean_and_deviation_of_each_band():
     audio = tone(0.5, RATE_HZ, 440)
-    statistics, spectrogram = log_mel_statistics(audio), log_mel(audio)
+    statistics, spectrogram = log_mel_statistics([audio]), log_mel(audio)
     assert statistics.shape == (2 * MELS,)
-    assert np.array_equal(statistics[:MELS], spectrogram.mean(axis=1))
-    assert np.array_equal(statistics[MELS:], spectrogram.std(axis=1))
+    assert statistics.dtype == np.float32
+    # float32 holds seven digits of values up to 14
+    assert statistics[:MELS] == pytest.approx(spectrogram.mean(axis=1), abs=1e-5)
+    assert statistics[MELS:] == pytest.approx(spectrogram.std(axis=1), abs=1e-5)
+
+
+def test_statistics_are_over_the_frames_of_all_clips_of_a_recording():
+    clips = [tone(0.5, RATE_HZ, 440), tone(1.25, RATE_HZ, 880), tone(0.1, RATE_HZ, 220)]
+    spectrogram = np.concatenate([log_mel(clip) for clip in clips], axis=1)
+    statistics = log_mel_statistics(iter(clips))
+    assert statistics[:MELS] == pytest.approx(spectrogram.mean(axis=1), abs=1e-5)  # as above
+    assert statistics[MELS:] == pytest.approx(spectrogram.std(axis=1), abs=1e-5)
+
+
+def test_where_a_spectrogram_is_cut_to_blocks_changes_nothing(monkeypatch):
+    audio = tone(1.0, RATE_HZ, 440)
+    whole = log_mel(audio)
+    monkeypatch.setattr(baselines, "_BLOCK_FRAMES", 16)
+    # a matrix product of another size may add up in another order
+    assert log_mel(audio) == pytest.approx(whole, abs=1e-5)
+
+
+def test_ten_minutes_take_less_than_a_quarter_of_a_gigabyte():
+    audio = np.zeros(600 * RATE_HZ, dtype=np.float32)
+    tracemalloc.start()
+    try:
+        log_mel_statistics([audio])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 250e6
 
 
 def test_silence_gives_finite_features_that_can_be_classified():
-    silence = log_mel_statistics(np.zeros(RATE_HZ, dtype=np.float32))
+    silence = log_mel_statistics([np.zeros(RATE_HZ, dtype=np.float32)])
     assert np.isfinite(silence).all()
+    assert not silence[MELS:].any(), "what never changes has no deviation, not even a rounding error"
     features = np.stack([silence, silence, silence, silence])
     targets = np.array([0, 1, 0, 1])
     with warnings.catch_warnings():

@@ -7,7 +7,15 @@ import pytest
 from pydantic import ValidationError
 
 from megascale.data.index import StoredClip
-from megascale.downstream.protocols import SPLITS, TaskConfig, average_windows, classes_of, score, split_clips
+from megascale.downstream.protocols import (
+    SPLITS,
+    TaskConfig,
+    average_windows,
+    classes_of,
+    score,
+    split_clips,
+    taking_part,
+)
 from megascale.errors import DataError
 
 PAPER = TaskConfig(label="genre", protocol="paper")
@@ -38,6 +46,31 @@ def message(clips: list[StoredClip], config: TaskConfig = PAPER) -> str:
         split_clips(clips, config, seed=0)
     assert "\n" not in str(failure.value)
     return str(failure.value)
+
+
+def test_every_clip_takes_part_unless_classes_are_named():
+    clips = corpus({"rock": 3, "jazz": 2, "folk": 1}, windows=2)
+    assert taking_part(iter(clips), PAPER) == clips
+    named = PAPER.model_copy(update={"classes": ["jazz", "folk"]})
+    chosen = taking_part(iter(clips), named)
+    assert chosen == [c for c in clips if c.labels["genre"] != "rock"]
+    assert classes_of(chosen, "genre") == ["folk", "jazz"]
+
+
+def test_clip_without_the_label_takes_no_part_where_classes_are_named():
+    clips = corpus({"rock": 3, "1": 2, "None": 1})
+    unlabelled = StoredClip("x", None, "x", "x.wav", {}, None)
+    assert taking_part([*clips, unlabelled], PAPER.model_copy(update={"classes": ["rock", "None"]})) == [
+        c for c in clips if c.labels["genre"] != "1"
+    ]
+
+
+def test_class_that_is_named_and_has_no_clip_is_refused():
+    named = PAPER.model_copy(update={"classes": ["rock", "polka"]})
+    with pytest.raises(DataError, match=r"task\.classes: no clip has the genre 'polka'"):
+        taking_part(corpus({"rock": 3}), named)
+    with pytest.raises(ValidationError, match="at least 2"):
+        TaskConfig(label="genre", classes=["rock"])
 
 
 @pytest.mark.parametrize("config", [PAPER, STRATIFIED])

@@ -333,3 +333,9 @@ def test_placeholder_for_torchaudio_can_be_asked_for_by_other_libraries(tmp_path
     code = "import importlib.util; from megascale.tokenize.codec import _encodec; _encodec(); "
     code += "importlib.util.find_spec('torchaudio'); importlib.util.find_spec('torchaudio.transforms'); print('fine')"
     assert run_without_torchaudio(tmp_path, code) == "fine\n"
+
+
+def test_calibration_reports_every_batch_and_codebook():
+    told = []
+    calibrate(CLIPS[:2], num_codebooks=3, seed=0, report=lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]  # 4 s of audio are one batch

@@ -13,7 +13,7 @@ from support import FINGERPRINT, write_tones
 from megascale import storage
 from megascale.data.index import Quarantined, ShardIndex
 from megascale.errors import DataError
-from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, plan_shards, publish_shard
+from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, plan_shards, publish_shard, read_committed
 from megascale.tokenize.sources import Clip, ClipsConfig, SourceConfig, cut, list_recordings
 from megascale.tokens import num_frames, read_ecdc
 
@@ -22,7 +22,14 @@ NAME = "encodec_24khz+abababab"
 
 def clip(i: int) -> Clip:
     return Clip(
-        f"clip-{i:03d}", f"/corpus/{i}.wav", f"{i}.wav", f"clip-{i:03d}", 0.0, 1.0, {"class": "é" * (i % 3)}, None
+        f"clip-{i:03d}",
+        f"/corpus/{i}.wav",
+        f"{i}.wav",
+        f"recording-{i // 2:03d}",
+        0.0,
+        1.0,
+        {"class": "é" * (i % 3)},
+        None,
     )
 
 
@@ -77,6 +84,7 @@ def test_index_slices_out_exactly_each_stream():
     assert (index.shard, index.codec) == ("tokens-000007.tar", FINGERPRINT)
     assert (index.sha256, index.size) == (hashlib.sha256(data).hexdigest(), len(data))
     assert [m.key for m in index.clips] == [e.clip.key for e in encoded]
+    assert [m.recording for m in index.clips] == [e.clip.recording for e in encoded]
     for member, item in zip(index.clips, encoded, strict=True):
         stream = data[member.offset : member.offset + member.size]
         header, codes_QT = read_ecdc(stream, member.key)
@@ -165,3 +173,39 @@ def test_quarantined_file_whose_name_is_not_utf8_can_be_told(tmp_path):
     publish_shard(str(tmp_path), data, index)
     stored = ShardIndex.model_validate_json((tmp_path / "tokens-000007.json").read_bytes())
     assert stored.quarantined[0].url.startswith("/corpus/caf")
+
+
+def test_shard_is_committed_by_an_index_and_a_whole_tar(tmp_path):
+    data, index, encoded = build()
+    plan = ShardPlan(7, [e.clip for e in encoded])
+    assert read_committed(str(tmp_path), plan) is None
+    publish_shard(str(tmp_path), data, index)
+    assert read_committed(str(tmp_path), plan) == index
+    tar = tmp_path / plan.name
+    tar.write_bytes(data[:-512])
+    assert read_committed(str(tmp_path), plan) is None
+    tar.unlink()
+    assert read_committed(str(tmp_path), plan) is None
+    publish_shard(str(tmp_path), data, index)
+    assert read_committed(str(tmp_path), plan) == index
+
+
+def test_index_that_does_not_fit_the_tar_written_anew_is_replaced(tmp_path):
+    bad = [Quarantined(key="clip-004", url="/corpus/4.wav", reason="the store was away", attempts=3)]
+    data, index, encoded = build()
+    plan = ShardPlan(7, [e.clip for e in encoded])
+    publish_shard(str(tmp_path), *build_shard(plan, encoded[:-1], bad, NAME, FINGERPRINT))
+    (tmp_path / plan.name).unlink()
+    publish_shard(str(tmp_path), data, index)
+    assert read_committed(str(tmp_path), plan) == index
+
+
+def test_every_cut_of_an_index_is_refused_by_name(tmp_path):
+    data, index, encoded = build()
+    publish_shard(str(tmp_path), data, index)
+    where = tmp_path / "tokens-000007.json"
+    whole = where.read_bytes()
+    for size in range(0, len(whole), 37):
+        where.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=f"^{where}: broken: .*; delete it and run the same command again$"):
+            read_committed(str(tmp_path), ShardPlan(7, [e.clip for e in encoded]))

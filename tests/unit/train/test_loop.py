@@ -175,7 +175,7 @@ def test_sigterm_ends_the_step_saves_and_stops(straight, tmp_path):
     job = Job(tmp_path)
     job.kill_at = 3
     with pytest.raises(
-        Stopped, match=r"^stopped by SIGTERM after step 3, saved; run the same command to go on$"
+        Stopped, match=r"^stopped after step 3, saved; run the same command to go on$"
     ) as stop:
         job.run()
     assert stop.value.exit_code == 75

@@ -1,0 +1,63 @@
+"""The paper's table end to end on Ray: 18 cells, each trained once, from tiny encoders."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import command, run
+from support import write_paced_tokens, write_pretrained
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_paced_tokens(folder / "tokens", 40)
+    for num_codebooks in (2, 16):
+        write_pretrained(folder / f"model-q{num_codebooks}", num_codebooks)
+    data = [f"data.{name}={folder / 'tokens'}" for name in ("gtzan", "nsynth", "music_speech")]
+    labels = ["tasks.gtzan.label=class", "tasks.nsynth.label=class"]
+    return [*data, *labels, f"checkpoints.1k5={folder / 'model-q2'}", f"checkpoints.12k={folder / 'model-q16'}"]
+
+
+def table1(output: Path, inputs: list[str], *overrides: str) -> list[str]:
+    return command("table1.py", "configs/table1/smoke.yaml", f"output.url={output}", *inputs, *overrides)
+
+
+def test_table_is_made_once_and_goes_on_where_it_stopped(inputs, tmp_path):
+    output = tmp_path / "out"
+    printed = run(table1(output, inputs))
+    assert "fine-tuning  100%  18/18 runs" in printed
+    table = json.loads((output / "table1.json").read_text())
+    assert len(table["cells"]) == len(table["summary"]) == 18
+    assert all(cell["paper"]["accuracy"] > 0.2 for cell in table["summary"])
+    markdown = (output / "table1.md").read_text()
+    assert "(69.00)" in markdown and len(re.findall(r"^\| (?:gtzan|nsynth|music_speech) ", markdown, re.M)) == 9
+    assert "69.00" in (output / "table1.html").read_text()
+
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    assert "already done" in run(table1(output, inputs))
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+    (output / "table1.json").unlink()
+    lost = next((output / "cells").glob("nsynth-12kbps-ft-*/result.json"))
+    lost.unlink()
+    assert "18/18 runs" in run(table1(output, inputs))
+    changed = {p for p in output.rglob("result.json") if p not in before or p.stat().st_mtime_ns != before[p]}
+    assert changed == {lost}
+    assert json.loads((output / "table1.json").read_text())["summary"] == table["summary"]
+
+
+def test_cells_of_another_budget_are_not_taken_for_this_ones(inputs, tmp_path):
+    output = tmp_path / "out"
+    cell = "gtzan-1.5kbps-scratch-seed0-lr0.001"
+    (output / "cells" / cell).mkdir(parents=True)
+    (output / "cells" / cell / "config.yaml").write_text("train: {epochs: 99}\n")
+    printed = run(table1(output, inputs), exit_code=2)
+    assert "the run in" in printed and cell in printed
+
+
+def test_what_a_cell_cannot_use_is_one_line_before_ray_starts(inputs, tmp_path):
+    printed = run(table1(tmp_path / "out", inputs, f"checkpoints.12k={tmp_path / 'gone'}"), exit_code=2)
+    assert printed.count("\n") == 1 and "CheckpointError" in printed
+    assert not (tmp_path / "out").exists()
