@@ -3,6 +3,7 @@ same recipes as the launch scripts; every stage is finished at most once, so the
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -266,8 +267,8 @@ def _pretrain(config: QuickstartConfig, root: Path, tokens: str, kbps: float) ->
 
 
 def _run_group(command: list[str], environment: dict[str, str]) -> int:
-    """Run a launcher and its ranks; if this process is stopped, so are they, and they have time to save."""
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    """Run a launcher and its ranks; if this process is stopped or killed, so are they, and they have time to save."""
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
     try:
         return launcher.wait()
     except BaseException:
@@ -280,6 +281,12 @@ def _run_group(command: list[str], environment: dict[str, str]) -> int:
                 time.sleep(0.1)
             os.killpg(launcher.pid, signal.SIGKILL)
         raise
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent dies, even of SIGKILL. (prctl(2))"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _fit_to_corpus(config: PretrainConfig, ranks: int) -> list[str]:

@@ -2,10 +2,13 @@
 
 import io
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 from rich.console import Console
@@ -221,3 +224,15 @@ def test_terminal_table_has_a_row_per_arm_and_baseline():
     ]
     numbers = [line.split("│")[3] for line in out.getvalue().splitlines() if "│" in line]
     assert all(cell.endswith(") ") for cell in numbers[:3]), "numbers are flush right"
+
+
+def test_launcher_ends_when_the_quickstart_is_killed():
+    code = "import os; from megascale.quickstart import _run_group; _run_group(['sleep', '1000'], dict(os.environ))"
+    parent = psutil.Popen([sys.executable, "-c", code])
+    while not (children := parent.children()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
