@@ -6,8 +6,6 @@ and bitrate apart. The job that trains one classifier is handed in, because this
 
 import itertools
 import json
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ import scipy.stats
 from pydantic import Field, model_validator
 
 from megascale import run_folder, storage
+from megascale.cluster import start_ray
 from megascale.config import Section, validate
 from megascale.downstream.protocols import TaskConfig
 from megascale.errors import MegascaleError
@@ -260,11 +259,7 @@ def _fan_out(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[st
 def _train(
     configs: list[Any], numbers: list[int], total: int, job: CellJob, gpus_each: float
 ) -> dict[int, dict[str, Any]]:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only tasks
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR)
+    ray = start_ray()
     task = ray.remote(_one).options(num_cpus=1, num_gpus=gpus_each)
     waiting = {task.remote(job.run, config): number for number, config in zip(numbers, configs, strict=True)}
     results: dict[int, dict[str, Any]] = {}

@@ -1,20 +1,18 @@
 """The tokenization job: plan the shards, let Ray workers encode them, write the manifest last.
 
-The only file here that imports ray. A worker's unit is one shard with fixed bytes, so a shard may be encoded twice
+A worker's unit is one shard with fixed bytes, so a shard may be encoded twice
 (after a crash, or by two drivers) without harm; what is committed is never encoded again.
 """
 
 import json
-import logging
-import os
 import platform
-import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
 from megascale import storage
+from megascale.cluster import start_ray
 from megascale.data.index import (
     MANIFEST,
     CodecFacts,
@@ -88,7 +86,7 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
     """Fit a codec in an actor, and show how far it is. Returns its file."""
     say("codec.weights=calibrate: fitting a codec to a sample of the corpus (its tokens do not decode to audio)")
     with StopSignal() as stop:
-        ray = _start_ray()
+        ray = start_ray()
         lives = {"max_restarts": 2, "max_task_retries": 2}
         fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, runtime_env=_TUNED, **lives).remote()
         fitted = fitter.fit.remote(config, plan)
@@ -120,27 +118,11 @@ def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
 # ------------------------------------------------------------------------------------------------------- the workers
 
 
-def _start_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CPU-only actors
-    with StopSignal() as stop:
-        import ray
-
-        # Ray's handler exits from wherever it is called, and Python drops that in some callbacks: the signal is lost
-        ray._private.utils.set_sigterm_handler = lambda handler: None
-        if not ray.is_initialized():
-            ray.init(logging_level=logging.ERROR)
-        if stop.asked:
-            signal.alarm(0)  # by which Ray's core, if it met the signal too, would abort this process 3 s later
-        stop.check()
-    return ray
-
-
 def _encode_shards(
     config: TokenizeConfig, codec_file: str, plan: Plan, missing: list[ShardPlan]
 ) -> defaultdict[str, float]:
     with StopSignal() as stop:
-        ray = _start_ray()
+        ray = start_ray()
         resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
         each = config.workers.gpus_each if resource == "GPU" else 1
         available = int(ray.cluster_resources().get(resource, 0) / each)

@@ -166,13 +166,13 @@ import os, signal, time
 import ray
 from megascale.errors import Stopped
 from megascale.stopping import stop_on_signal
-from megascale.tokenize import job
+from megascale.cluster import start_ray
 
 stop_on_signal()
 made = ray._raylet.CoreWorker
 ray._raylet.CoreWorker = lambda *a, **k: (made(*a, **k), os.kill(os.getpid(), signal.SIGTERM))[0]
 try:
-    job._start_ray()
+    start_ray()
 except Stopped as stopped:
     time.sleep(4)
     print(stopped)

@@ -17,13 +17,25 @@ LEVELS = (
     ("launch", "cli", "quickstart", "quickstart_report"),
     ("tasks", "tokenize", "downstream", "report", "export", "hear"),
     ("train", "data", "model", "protocols"),
-    ("run_folder", "storage", "tokens", "seeding", "stopping", "log", "corpora", "config", "errors", "megascale"),
+    (
+        "cluster",
+        "run_folder",
+        "storage",
+        "tokens",
+        "seeding",
+        "stopping",
+        "log",
+        "corpora",
+        "config",
+        "errors",
+        "megascale",
+    ),
 )
 ROWS = (0, 3)
 ALSO_ALLOWED = {("protocols", "data")}  # splits and scores are about stored clips
 ONLY_IMPORTERS = {
     "deepspeed": {"megascale/train/engine.py"},
-    "ray": {"megascale/tokenize/job.py", "megascale/downstream/table1.py"},
+    "ray": {"megascale/cluster.py"},
 }
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 

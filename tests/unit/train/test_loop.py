@@ -174,9 +174,7 @@ def test_resume_gives_the_weights_of_the_straight_run(straight, tmp_path):
 def test_sigterm_ends_the_step_saves_and_stops(straight, tmp_path):
     job = Job(tmp_path)
     job.kill_at = 3
-    with pytest.raises(
-        Stopped, match=r"^stopped after step 3, saved; run the same command to go on$"
-    ) as stop:
+    with pytest.raises(Stopped, match=r"^stopped after step 3, saved; run the same command to go on$") as stop:
         job.run()
     assert stop.value.exit_code == 75
     assert job.events == [("batch", 0), ("batch", 1), ("batch", 2), ("save", 3)]
