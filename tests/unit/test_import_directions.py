@@ -26,6 +26,7 @@ LEVELS = (
         "stopping",
         "log",
         "corpora",
+        "synthesis",
         "config",
         "errors",
         "megascale",
