@@ -29,6 +29,7 @@ from torch import nn
 from megascale import seeding, storage
 from megascale.config import Section
 from megascale.errors import AudioError, TokenError
+from megascale.tokenize.encoder import TiledEncoder
 from megascale.tokens import CODEBOOK_SIZE, PUBLISHED_NAME, SAMPLE_RATE_HZ, codec_fingerprint, model_name
 
 PUBLISHED_FILE = "encodec_24khz-d7cc33bc.th"
@@ -70,6 +71,7 @@ class Codec:
         settings = {"model": PUBLISHED_NAME, "sample_rate_hz": SAMPLE_RATE_HZ, "channels": 1, "normalize": False}
         self.fingerprint = codec_fingerprint(settings, {k: v.numpy() for k, v in self.state().items()})
         self.name = model_name(self.fingerprint, published)
+        self._encoder = TiledEncoder(self.model)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the weights that decide codes: the encoder, and the codebooks that hold something."""
@@ -77,22 +79,18 @@ class Codec:
         layers = self.model.quantizer.vq.layers[: self.num_codebooks]
         return encoder | {f"codebook.{i}": layer.codebook.contiguous() for i, layer in enumerate(layers)}
 
-    @torch.inference_mode()
-    def encode(self, audio_BS: np.ndarray, num_codebooks: int) -> np.ndarray:
-        """Encode clips of one length.
+    def encode(self, clips: Sequence[np.ndarray], num_codebooks: int) -> list[np.ndarray]:
+        """Encode clips on the CPU.
 
         Args:
-            audio_BS: float32, 24 kHz mono.
+            clips: float32, 24 kHz mono, (S,) each, of any lengths.
             num_codebooks: stop the quantizer after so many; RVQ is nested, so the first Q never depend on it.
 
         Returns:
-            codes_BQT, int16 in 0..1023, T = ceil(S / 320).
+            codes_QT of each, int16 in 0..1023, T = ceil(S / 320).
         """
         assert num_codebooks <= self.num_codebooks, "the job's plan checks this"
-        device = next(self.model.encoder.parameters()).device
-        latent_BDT = self.model.encoder(torch.from_numpy(audio_BS).to(device)[:, None])
-        codes_QBT = self.model.quantizer.vq.encode(latent_BDT, n_q=num_codebooks)
-        return codes_QBT.permute(1, 0, 2).to(torch.int16).cpu().numpy()
+        return self._encoder.encode(clips, num_codebooks)
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors, to be kept beside the shards."""

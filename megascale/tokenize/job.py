@@ -262,6 +262,10 @@ def _finish(
             if spent.get(stage)
         },
     }
+    if spent.get("checked"):
+        first, every = spent["changed_q0"] / spent["checked"], spent["changed"] / spent["checked"]
+        report["codes_changed"] = {"codebook_0": first, "all": every}
+        say(f"{config.codec.precision} changes {first:.3%} of codebook 0's codes and {every:.3%} of all against fp32")
     storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     manifest = Manifest(
         codec=CodecFacts(
@@ -294,4 +298,5 @@ def _environment(config: TokenizeConfig) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": "cuda" if config.workers.gpus_each > 0 else "cpu",
         "batch_clips": config.codec.batch_clips,
+        "precision": config.codec.precision,
     }

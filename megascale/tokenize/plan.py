@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,7 +41,10 @@ class CodecConfig(Section):
     )
     seed: int = Field(0, description="calibrate: fixes the weights and the sample they are fitted on")
     batch_clips: int = Field(
-        8, ge=1, description="clips of equal length encoded together; part of what fixes the codes"
+        8, ge=1, description="clips given to the encoder together; a GPU wants 64, and a CPU's codes don't depend on it"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: GPUs only; each shard's first batch is also encoded in fp32, to tell what changes"
     )
 
     @model_validator(mode="after")
@@ -84,6 +87,12 @@ class TokenizeConfig(Section):
     workers: WorkersConfig = Field(WorkersConfig(), description="Ray workers")
     quarantine: QuarantineConfig = Field(QuarantineConfig(), description="what is allowed to fail")
     storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+    @model_validator(mode="after")
+    def _bf16_on_gpus(self) -> "TokenizeConfig":
+        if self.codec.precision == "bf16" and not self.workers.gpus_each:
+            raise ValueError("codec.precision=bf16 needs workers.gpus_each above 0; CPUs are slower with it")
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What runs inside a Ray worker: encoding shards, and fitting a codec to a sample. Nothing here knows of Ray."""
 
+import itertools
 import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 from megascale import seeding, storage
 from megascale.data.index import Quarantined
 from megascale.errors import AudioError, StorageError
-from megascale.tokenize import audio
+from megascale.tokenize.audio import read_clip
 from megascale.tokenize.codec import calibrate, load_codec
+from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
 from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard
 from megascale.tokenize.sources import Clip
@@ -22,7 +24,6 @@ from megascale.tokens import SAMPLE_RATE_HZ, codebooks_for
 CALLS = 2  # shards a worker has in hand
 _CALIBRATION_SECONDS = 240.0
 _READERS, _READ_AHEAD = 4, 16  # threads, and clips that a shard holds ready for the encoder
-_MOST_WAITING = 8  # batches
 
 
 class ShardWorker:
@@ -36,9 +37,11 @@ class ShardWorker:
         torch.set_num_threads(1)
         self._config = config
         self._codec = load_codec(codec_file)
+        self._num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+        self._gpu = (
+            BatchedEncoder(self._codec.model, "cuda", config.codec.precision) if config.workers.gpus_each else None
+        )
         self._encoder = threading.Lock()
-        if config.workers.gpus_each > 0:
-            self._codec.model.to("cuda")
 
     def encode(self, plan: ShardPlan, excluded: list[Quarantined]) -> dict[str, float]:
         """Encode one shard and publish it.
@@ -54,14 +57,17 @@ class ShardWorker:
         bad = {item.key: item for item in excluded}
         places = [i for i, clip in enumerate(plan.clips) if clip.key not in bad]
         encoded: dict[int, EncodedClip] = {}
-        for batch in _equal_length_batches(self._read(plan.clips, places, bad, spent), self._config.codec.batch_clips):
+        clips = self._read(plan.clips, places, bad, spent)
+        while batch := list(itertools.islice(clips, self._config.codec.batch_clips)):
             with self._encoder:
                 started = time.perf_counter()
-                codes_BQT = self._codec.encode(
-                    np.stack([audio_S for _, audio_S in batch]), codebooks_for(self._config.codec.bitrate_kbps)
-                )
+                audio = [audio_S for _, audio_S in batch]
+                if self._gpu and self._config.codec.precision != "fp32" and not encoded:
+                    changed = self._gpu.check_precision(audio, self._num_codebooks)
+                    spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
+                codes = (self._gpu or self._codec).encode(audio, self._num_codebooks)
                 spent["encode"] += time.perf_counter() - started
-            for (i, audio_S), codes_QT in zip(batch, codes_BQT, strict=True):
+            for (i, audio_S), codes_QT in zip(batch, codes, strict=True):
                 encoded[i] = EncodedClip(plan.clips[i], codes_QT, len(audio_S))
                 spent["audio"] += len(audio_S) / SAMPLE_RATE_HZ
         started = time.perf_counter()
@@ -76,7 +82,7 @@ class ShardWorker:
         """Read and encode one clip for nothing but to see whether the worker lives through it."""
         samples_S, _ = _read_clip(clip, self._config.workers.attempts)
         if not isinstance(samples_S, Quarantined):
-            self._codec.encode(samples_S[None], codebooks_for(self._config.codec.bitrate_kbps))
+            (self._gpu or self._codec).encode([samples_S], self._num_codebooks)
 
     def _read(
         self, clips: list[Clip], places: list[int], bad: dict[str, Quarantined], spent: defaultdict[str, float]
@@ -102,31 +108,12 @@ def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dic
     spent: defaultdict[str, float] = defaultdict(float)
     for attempt in range(1, attempts + 1):
         try:
-            return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
+            return read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
         except AudioError as failure:
             return Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=attempt), spent
         except StorageError as failure:
             reason = str(failure)
     return Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts), spent
-
-
-def _equal_length_batches(
-    clips: Iterable[tuple[int, np.ndarray]], batch_clips: int
-) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Group clips of one length, in order; clips are never padded, because padding changes codes.
-
-    What is in a batch depends on the order of the clips alone. Where lengths are many, the longest waiting group goes
-    before it is full, so that no more than a few batches are held in memory.
-    """
-    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for clip in clips:
-        group = waiting.setdefault(len(clip[1]), [])
-        group.append(clip)
-        if len(group) == batch_clips:
-            yield waiting.pop(len(clip[1]))
-        elif sum(map(len, waiting.values())) >= _MOST_WAITING * batch_clips:
-            yield waiting.pop(next(iter(waiting)))
-    yield from waiting.values()
 
 
 class CodecFitter:
@@ -159,7 +146,7 @@ def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
     seconds = 0.0
     for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
         try:
-            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+            sample.append(read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
         except (AudioError, StorageError):
             continue  # its worker will quarantine it
         seconds += len(sample[-1]) / SAMPLE_RATE_HZ

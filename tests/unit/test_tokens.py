@@ -79,7 +79,7 @@ def test_compress_to_file_of_encodec_writes_our_bytes(fitted_codec, samples, bit
     fitted_codec.model.set_target_bandwidth(bitrate_kbps)
     theirs = io.BytesIO()
     compress_to_file(fitted_codec.model, torch.from_numpy(audio_S)[None], theirs, use_lm=False)
-    codes_QT = fitted_codec.encode(audio_S[None], num_codebooks)[0]
+    (codes_QT,) = fitted_codec.encode([audio_S], num_codebooks)
     assert tokens.write_ecdc(codes_QT, samples, "encodec_24khz") == theirs.getvalue()
 
 

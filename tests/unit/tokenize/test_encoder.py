@@ -1,0 +1,95 @@
+"""The encoder in tiles: the codes of `encodec` itself, whatever a clip's length and whatever it shares a batch with."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import tone
+
+from megascale.errors import ConfigError
+from megascale.tokenize.encoder import BatchedEncoder
+
+LENGTHS = [1, 6, 7, 8, 319, 320, 321, 5_000, 23_999, 24_000, 24_001, 48_123, 240_000, 240_001]
+
+
+def sound(samples: int) -> np.ndarray:
+    """Notes in noise, so that every stretch of it is different."""
+    notes = [tone(0.7, 24_000, 90 * 1.21 ** (i % 20), seed=i) for i in range(samples // 16_800 + 1)]
+    return np.concatenate(notes)[:samples]
+
+
+@torch.inference_mode()
+def encodec_codes(codec, audio_S: np.ndarray) -> np.ndarray:
+    latent_1DT = codec.model.encoder(torch.from_numpy(audio_S)[None, None])
+    return codec.model.quantizer.vq.encode(latent_1DT, n_q=16)[:, 0].numpy()
+
+
+def test_codes_are_those_of_encodec_at_every_length(fitted_codec, capsys):
+    clips = [sound(n) for n in LENGTHS]
+    ours = np.concatenate(fitted_codec.encode(clips, 16), axis=1)
+    theirs = np.concatenate([encodec_codes(fitted_codec, clip_S) for clip_S in clips], axis=1)
+    share = float((ours != theirs).mean())
+    with capsys.disabled():
+        print(f"\n  codes that differ from encodec's: {share:.5%} of {ours.size}")
+    assert ours.shape == theirs.shape
+    assert np.array_equal(ours[0], theirs[0])
+    assert (
+        share < 1e-3
+    )  # sums in another order: deep residuals are close calls, as between two of encodec's batch sizes
+
+
+def test_tile_that_forgot_what_was_before_it_would_show(fitted_codec):
+    """The negative control of the test above: a cut where no clip ends changes codes there."""
+    clip_S = sound(48_000)
+    (whole_QT,), halves = fitted_codec.encode([clip_S], 16), fitted_codec.encode([clip_S[:24_000], clip_S[24_000:]], 16)
+    assert np.array_equal(whole_QT[:, :75], halves[0])  # causal: what comes later changes nothing before it
+    assert (whole_QT[0, 75:] != halves[1][0]).mean() > 0.01
+
+
+def test_codes_do_not_depend_on_what_shares_the_batch(fitted_codec):
+    clips = [sound(n) for n in LENGTHS]
+    together = fitted_codec.encode(clips, 16)
+    alone = [fitted_codec.encode([clip_S], 16)[0] for clip_S in clips]
+    turned = fitted_codec.encode(clips[::-1], 16)[::-1]
+    for a, b, c in zip(together, alone, turned, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from megascale.tokenize.codec import load_codec
+codec = load_codec(sys.argv[1])
+sound_S = np.random.default_rng(0).uniform(-0.3, 0.3, 24_000 * 180).astype(np.float32)
+codec.encode([sound_S[: 24_000 * 11]], 2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+codec.encode([sound_S], 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_a_clips_length(fitted_codec, tmp_path):
+    (tmp_path / "codec.safetensors").write_bytes(fitted_codec.to_bytes())
+    line = [sys.executable, "-c", MEMORY, str(tmp_path / "codec.safetensors")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100  # MB for 3 minutes, of which encodec's first layer alone makes 550
+
+
+def test_clips_of_many_lengths_are_encoded_together_by_length(fitted_codec):
+    clips = [CLIPS[n] for n in (0, 2, 1, 0, 2)]
+    encoder = BatchedEncoder(fitted_codec.model, "cpu", "fp32")
+    for clip_S, codes_QT in zip(clips, encoder.encode(clips, 16), strict=True):
+        theirs_QT = encodec_codes(fitted_codec, clip_S)
+        assert codes_QT.dtype == np.int16 and codes_QT.shape == theirs_QT.shape
+        assert (codes_QT != theirs_QT).mean() < 1e-3
+
+
+CLIPS = [sound(n) for n in (24_000, 30_001, 36_000)]
+
+
+def test_precision_that_changes_too_many_codes_is_refused_with_the_share(fitted_codec):
+    assert BatchedEncoder(fitted_codec.model, "cpu", "fp32").check_precision(CLIPS, 16) == (0.0, 0.0)
+    with pytest.raises(ConfigError, match=r"tokenize\.codec\.precision=bf16: changes \d+\.\d\d% of codebook 0's codes"):
+        BatchedEncoder(fitted_codec.model, "cpu", "bf16").check_precision(CLIPS, 16)
