@@ -11,7 +11,7 @@ import numpy as np
 
 from megascale import seeding, storage
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, StorageError
+from megascale.errors import AudioError, CredentialsError, StorageError
 from megascale.tokenize import audio
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.plan import Plan, TokenizeConfig
@@ -39,6 +39,9 @@ class ShardWorker:
         self._encoder = threading.Lock()
         if config.workers.gpus_each > 0:
             self._codec.model.to("cuda")
+
+    def ready(self) -> None:
+        """Return once the worker is whole, which tells a death at work from one at the start."""
 
     def encode(self, plan: ShardPlan, excluded: list[Quarantined]) -> dict[str, float]:
         """Encode one shard and publish it.
@@ -105,6 +108,8 @@ def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dic
             return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
         except AudioError as failure:
             return Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=attempt), spent
+        except CredentialsError:
+            raise  # no fault of the clip's, and the next would meet it too
         except StorageError as failure:
             reason = str(failure)
     return Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts), spent
@@ -160,6 +165,8 @@ def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
     for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
         try:
             sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+        except CredentialsError:
+            raise
         except (AudioError, StorageError):
             continue  # its worker will quarantine it
         seconds += len(sample[-1]) / SAMPLE_RATE_HZ
