@@ -12,7 +12,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all check format clean
+.PHONY: help install quickstart test test-all chaos check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## every test but the slow ones
 
 test-all: $(INSTALLED) ## every test
 	$(PY) -m pytest $(ARGS)
+
+chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints what was lost, repeated or changed (25 minutes)
+	$(PY) tests/integration/chaos.py $(ARGS)
 
 check: $(INSTALLED) ## ruff, mypy, unit tests
 	$(PY) -m ruff check .

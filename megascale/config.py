@@ -5,6 +5,7 @@ file knows how text becomes a config.
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -28,6 +29,12 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+# a bare name before the @ is a secret in http(s) alone: Azure's abfs://container@account and sftp://user@host have one
+_CREDENTIALS = re.compile(
+    r"://[^/?#@]*:[^/?#@]*@|^https?://[^/?#]*@|[?&](X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|Signature|sig)=",
+    re.IGNORECASE,
+)
+
 
 def load_config(schema: type[S], job: str, path: str | None, overrides: Sequence[str] = ()) -> S:
     """Read a YAML file, apply `dotted.key=value` overrides, and validate the result against `schema`.
@@ -49,10 +56,16 @@ def load_config(schema: type[S], job: str, path: str | None, overrides: Sequence
 
 def validate(schema: type[S], job: str, tree: dict[str, Any]) -> S:
     """Build `schema` from a tree of plain values. Raises ConfigError naming the first offending key."""
+    _refuse_credentials(job, tree)
     try:
         return schema.model_validate(_fill(schema, tree, {}))
     except ValidationError as failure:
         raise ConfigError(_explain(schema, job, failure)) from None
+
+
+def has_credentials(url: str) -> bool:
+    """Return whether a URL carries a password, or a signature that is as good as one."""
+    return _CREDENTIALS.search(url) is not None
 
 
 def dump_config(config: Section) -> str:
@@ -65,6 +78,18 @@ def describe_keys(schema: type[Section]) -> str:
     return "\n".join(
         f"  {name:<28} {kind:<30} default {default}\n      {meaning}" for name, kind, default, meaning in _walk(schema)
     )
+
+
+def _refuse_credentials(where: str, value: Any) -> None:
+    """Raise ConfigError, without the value, if a string in the tree is a URL with credentials: outputs hold the config."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_credentials(f"{where}.{key}", inner)
+    elif isinstance(value, str) and has_credentials(value):
+        raise ConfigError(
+            f"{where}: a URL with credentials in it, which would stand in every output; leave them to the store's own "
+            "chain (environment, credentials file, role)"
+        )
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -15,6 +15,10 @@ class StorageError(MegascaleError):
     """A URL that cannot be read or written."""
 
 
+class CredentialsError(StorageError):
+    """A store does not take the credentials, whatever is asked of it."""
+
+
 class AudioError(MegascaleError):
     """A recording that cannot become a clip; tokenization quarantines it and goes on."""
 

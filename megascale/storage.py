@@ -2,21 +2,19 @@
 
 Publishing is all or nothing: a local file appears by rename, an object by one PUT. (fsspec's `open(url, "wb")`
 publishes a partial object when the writer raises, so it is not used here.) Credentials come from the standard chain of
-the store's own library and are never read, logged or written by this package.
+the store's own library and are never logged or written by this package.
 """
 
-import errno
 import glob as globbing
+import io
 import os
-import random
 import re
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -25,11 +23,9 @@ from pydantic import Field
 
 from megascale.config import Section
 from megascale.errors import StorageError
+from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
-
-_ATTEMPTS = 6
-_TRANSIENT = {errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT}
 
 
 class StorageConfig(Section):
@@ -42,10 +38,12 @@ def configure(config: StorageConfig) -> None:
     """Make every later access in this process use these settings."""
     fsspec.config.conf["s3"] = {
         "endpoint_url": config.endpoint_url,
+        "use_listings_cache": False,  # another process may have written since
         # some S3 servers answer ranged reads with the whole object's checksum, which the client would reject
         "config_kwargs": {
             "response_checksum_validation": "when_required",
             "request_checksum_calculation": "when_required",
+            **REQUEST,
         },
     }
 
@@ -70,9 +68,8 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Return whether a file (or a local folder) is there."""
     if is_local(url):
-        return _retry(url, lambda: local_path(url).exists())
-    fs, path = _open_filesystem(url)
-    return _retry(url, lambda: bool(fs.exists(path)))
+        return _told(url, lambda: local_path(url).exists())
+    return _remote(url, lambda fs, path: bool(fs.exists(path)))
 
 
 def size(url: str) -> int | None:
@@ -80,17 +77,15 @@ def size(url: str) -> int | None:
     if not exists(url):
         return None
     if is_local(url):
-        return _retry(url, lambda: local_path(url).stat().st_size)
-    fs, path = _open_filesystem(url)
-    return _retry(url, lambda: int(fs.size(path)))
+        return _told(url, lambda: local_path(url).stat().st_size)
+    return _remote(url, lambda fs, path: int(fs.size(path)))
 
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file. Raises StorageError naming the URL if it is missing or refused."""
     if is_local(url):
-        return _retry(url, lambda: local_path(url).read_bytes())
-    fs, path = _open_filesystem(url)
-    return _retry(url, lambda: cast(bytes, fs.cat_file(path)))
+        return _told(url, lambda: local_path(url).read_bytes())
+    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path)))
 
 
 def read_text(url: str) -> str:
@@ -108,12 +103,44 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
         path = local_path(url)
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise StorageError(f"{url}: not a regular file")
-        handle = _retry(url, lambda: cast(IO[bytes], path.open("rb")))
+        handle = _told(url, lambda: cast(IO[bytes], path.open("rb")))
     else:
-        fs, name = _open_filesystem(url)
-        handle = _retry(url, lambda: cast(IO[bytes], fs.open(name, "rb", block_size=1 << 20, cache_type="readahead")))
+        handle = cast(IO[bytes], _RemoteFile(url))
     with handle:
         yield handle
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file whose every read is tried again: a store may fail, or keys expire, long after it was opened."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        options = {"block_size": 1 << 20, "cache_type": "readahead"}
+        self._file = _remote(url, lambda fs, path: cast(IO[bytes], fs.open(path, "rb", **options)))
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(start)
+            return self._file.read(size)
+
+        return _remote(self._url, lambda fs, path: read())
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def list_files(url: str) -> tuple[str, list[str]]:
@@ -146,10 +173,14 @@ def _list_local(root: str, pattern: str) -> list[str]:
     if "**" not in pattern.split("/"):
         return [name for name in globbing.glob(pattern, root_dir=folder) if (folder / name).is_file()]
     # glob's own `**` goes round a link that points up until the path is too long
+    return [name for name in _matching(pattern, _walk(folder)) if (folder / name).is_file()]
+
+
+def _matching(pattern: str, names: Iterable[str]) -> Iterator[str]:
+    """Yield the names that a pattern matches; hidden ones only where it names them."""
     matches = re.compile(glob_translate(pattern)).match
     hidden = "/." in f"/{pattern}"
-    found = (name for name in _walk(folder) if matches(name) and (hidden or "/." not in f"/{name}"))
-    return [name for name in found if (folder / name).is_file()]
+    return (name for name in names if matches(name) and (hidden or "/." not in f"/{name}"))
 
 
 def _walk(top: Path) -> Iterator[str]:
@@ -170,15 +201,10 @@ def _walk(top: Path) -> Iterator[str]:
 
 
 def _list_remote(root: str, pattern: str) -> list[str]:
-    fs, path = _open_filesystem(root)
-    base = path.rstrip("/")
-    if pattern:
-        whole = f"{globbing.escape(base)}/{pattern}"
-        matches = _retry(f"{root}/{pattern}", lambda: fs.glob(whole, detail=True))
-        found = [name for name, facts in matches.items() if facts["type"] == "file"]
-    else:
-        found = _retry(root, lambda: fs.find(path))
-    return [name[len(base) :].lstrip("/") for name in found]
+    base = _open_filesystem(root)[1].rstrip("/")
+    names = [name[len(base) :].lstrip("/") for name in _remote(root, lambda fs, path: fs.find(path))]
+    # matched here, because fsspec's own glob leaves out, without a word, a folder whose listing fails
+    return list(_matching(pattern, names)) if pattern else names
 
 
 def _split_glob(url: str) -> tuple[str, str]:
@@ -192,9 +218,8 @@ def _split_glob(url: str) -> tuple[str, str]:
 
 def _is_folder(url: str) -> bool:
     if is_local(url):
-        return _retry(url, lambda: local_path(url).is_dir())
-    fs, path = _open_filesystem(url)
-    return _retry(url, lambda: bool(fs.isdir(path)))
+        return _told(url, lambda: local_path(url).is_dir())
+    return _remote(url, lambda fs, path: bool(fs.isdir(path)))
 
 
 def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
@@ -210,9 +235,8 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     """
     if is_local(url):
         return _publish_local(local_path(url), data, create_only)
-    fs, path = _open_filesystem(url)
     try:
-        _retry(url, lambda: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
+        _remote(url, lambda fs, path: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
     except FileExistsError:
         return False
     return True
@@ -254,22 +278,19 @@ def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, str(path)
 
 
-def _retry(url: str, call: Callable[[], T]) -> T:
-    """Call, and call again with growing pauses while the fault may pass; name the URL in what is raised at last."""
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return call()
-        except FileExistsError:
-            raise
-        except FileNotFoundError:
-            raise StorageError(f"{url}: no such file") from None
-        except PermissionError as failure:
-            raise StorageError(f"{url}: permission denied: {failure.strerror or failure}") from None
-        except Exception as failure:  # a store's library raises its own types: botocore's are not even OSErrors
-            errors = (TimeoutError, ConnectionError)
-            may_pass = isinstance(failure, errors) or getattr(failure, "errno", None) in _TRANSIENT
-            if is_local(url) or not may_pass or attempt == _ATTEMPTS:
-                raise StorageError(f"{url}: {getattr(failure, 'strerror', None) or failure}") from None
-            # jitter, so that many workers do not come back at the same moment
-            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.0))
-    raise AssertionError("the loop returns or raises")
+def _remote(url: str, call: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+    """Call a store with the URL's filesystem and path; what may pass is tried again."""
+    fs, path = _open_filesystem(url)
+    return call_store(url, fs, path, lambda: call(fs, path))
+
+
+def _told(url: str, call: Callable[[], T]) -> T:
+    """Call a local disk; name the URL in what is raised."""
+    try:
+        return call()
+    except FileNotFoundError:
+        raise StorageError(f"{url}: no such file") from None
+    except PermissionError as failure:
+        raise StorageError(f"{url}: permission denied: {failure.strerror or failure}") from None
+    except (OSError, ValueError) as failure:
+        raise StorageError(f"{url}: {getattr(failure, 'strerror', None) or failure}") from None

@@ -57,7 +57,9 @@ def read_clip(
         try:
             samples_SC, rate = _decode(file, url, start_seconds, duration_seconds)
         except AudioError:
-            if file.failure is not None:  # what looks like a broken file is a broken connection
+            if isinstance(file.failure, StorageError):  # what looks like a broken file is a broken connection
+                raise file.failure from None
+            if file.failure is not None:
                 raise StorageError(f"{url}: {file.failure}") from None
             raise
     decoded = time.perf_counter()
@@ -95,14 +97,14 @@ class _Watched:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.failure: OSError | None = None
+        self.failure: OSError | StorageError | None = None
         self.seconds = 0.0
 
     def read(self, size: int = -1) -> bytes:
         started = time.perf_counter()
         try:
             return self._file.read(size)
-        except OSError as failure:
+        except (OSError, StorageError) as failure:
             self.failure = self.failure or failure
             raise
         finally:

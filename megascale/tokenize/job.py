@@ -7,7 +7,7 @@ A worker's unit is one shard with fixed bytes, so a shard may be encoded twice
 import json
 import platform
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,22 +17,32 @@ from megascale.data.index import (
     MANIFEST,
     CodecFacts,
     Manifest,
-    Quarantined,
     ShardFacts,
     ShardIndex,
     read_manifest,
 )
-from megascale.errors import ConfigError, DataError, MegascaleError, QuarantineExceeded
+from megascale.errors import ConfigError, DataError, QuarantineExceeded
 from megascale.log import Progress, duration, say
 from megascale.stopping import StopSignal
 from megascale.tokenize.codec import Codec, load_codec
-from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, find_codec, make_plan, publish_plan, read_plan
+from megascale.tokenize.drive import drive, users_mistake
+from megascale.tokenize.plan import (
+    PLAN,
+    Plan,
+    TokenizeConfig,
+    codec_url,
+    find_codec,
+    make_plan,
+    publish_plan,
+    read_plan,
+)
 from megascale.tokenize.shards import ShardPlan, read_committed
 from megascale.tokenize.worker import CALLS, CodecFitter, ShardWorker
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
 REPORT = "tokenize_report.json"
 QUARANTINE = "quarantine.jsonl"
+_SETTLE_SECONDS = 10.0  # longer than from looking for a codec to having written one
 # glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 _TUNED = {"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
@@ -59,13 +69,13 @@ def run(config: TokenizeConfig) -> Manifest:
     started = time.monotonic()
     plan = stored or make_plan(config)
     fitted = None if find_codec(config) else _fit_codec(config, plan)
-    if stored is None:
-        plan = publish_plan(config, plan)
-    codec_file = _publish_codec(config, fitted)
-    missing = [shard for shard in plan.shards if read_committed(url, shard) is None]
-    spent = _encode_shards(config, codec_file, plan, missing) if missing else {}
-    indexes = [_committed(url, shard) for shard in plan.shards]
-    manifest = _finish(config, load_codec(codec_file), plan, indexes, spent, time.monotonic() - started)
+    if stored is None or fitted is not None:
+        plan = _agree(config, plan, fitted)
+    codec = load_codec(codec_url(config))
+    missing = [shard for shard in plan.shards if read_committed(url, shard, codec.fingerprint) is None]
+    spent = _encode_shards(config, codec_url(config), plan, missing) if missing else {}
+    indexes = [_committed(url, shard, codec) for shard in plan.shards]
+    manifest = _finish(config, codec, plan, indexes, spent, time.monotonic() - started)
     _check_quarantine(config, manifest)
     return manifest
 
@@ -103,16 +113,26 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
             progress.close()
             return codec
         except ray.exceptions.RayTaskError as failure:
-            raise _users_mistake(failure) from None
+            raise users_mistake(failure) from None
         finally:
             ray.kill(fitter)
 
 
-def _publish_codec(config: TokenizeConfig, fitted: bytes | None) -> str:
-    """Publish a fitted codec; return the URL of the one that counts: fitting is not bit-equal on every machine."""
-    if fitted is not None:
+def _agree(config: TokenizeConfig, plan: Plan, fitted: bytes | None) -> Plan:
+    """Publish the plan and a fitted codec; return the plan that counts, because another driver may have been first.
+
+    Codecs count like plans: fitting is not bit-equal on every machine, and shards of two codecs must not mix. So no
+    driver encodes before all that began together read the same codec, also where a store lets the later one win.
+    """
+    publish_plan(config, plan)
+    if fitted is not None and not storage.exists(codec_url(config)):
         storage.publish_bytes(codec_url(config), fitted, create_only=True)
-    return codec_url(config)
+    where = storage.join(config.output.url, PLAN)
+    if storage.publish_bytes(where, storage.read_bytes(where), create_only=True):
+        time.sleep(_SETTLE_SECONDS)  # the store ignores create-only
+    agreed = read_plan(config)
+    assert agreed is not None, "it was just written"
+    return agreed
 
 
 # ------------------------------------------------------------------------------------------------------- the workers
@@ -133,97 +153,18 @@ def _encode_shards(
             num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS, runtime_env=_TUNED
         )
         say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
-        return _drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
-
-
-def _drive(
-    ray: Any, stop: StopSignal, config: TokenizeConfig, start: Any, count: int, missing: list[ShardPlan], plan: Plan
-) -> defaultdict[str, float]:
-    """Keep every worker busy; replace a worker that dies, and give its shards to others, a bounded number of times.
-
-    Returns:
-        Seconds of audio, seconds spent per stage, and counts, over all workers.
-    """
-    waiting = deque(missing)
-    tries, killers = {shard.number: 0 for shard in missing}, dict[int, list[Quarantined]]()
-    running: dict[Any, tuple[Any, ShardPlan]] = {}
-    total = sum(len(shard.clips) for shard in plan.shards)
-    done = total - sum(len(shard.clips) for shard in missing)
-    progress = Progress("tokenising", total, done, "clips")
-    spent: defaultdict[str, float] = defaultdict(float)
-    spent["quarantined"] = len(plan.unreadable)
-    began = time.monotonic()
-    workers = [start() for _ in range(count)]
-    idle, successors = deque(workers * CALLS), dict[Any, Any]()
-    while waiting or running:
-        stop.check()
-        while idle and waiting:
-            worker, shard = idle.popleft(), waiting.popleft()
-            while worker in successors:
-                worker = successors[worker]
-            tries[shard.number] += 1
-            running[worker.encode.remote(shard, killers.get(shard.number, []))] = (worker, shard)
-        for result in ray.wait(list(running), timeout=1.0)[0]:
-            worker, shard = running.pop(result)
-            try:
-                for name, value in ray.get(result).items():
-                    spent[name] += value
-                done += len(shard.clips)
-            except ray.exceptions.RayActorError as failure:
-                say(f"{shard.name}: its worker died; trying again")
-                if tries[shard.number] >= config.workers.attempts:
-                    if shard.number in killers:
-                        raise DataError(f"{shard.name}: its worker dies again and again: {failure}") from None
-                    killers[shard.number], tries[shard.number] = _find_killers(ray, stop, config, start, shard), 0
-                waiting.appendleft(shard)
-                if worker not in successors:  # its other call ends here too
-                    successors[worker] = start()
-            except ray.exceptions.RayTaskError as failure:
-                raise _users_mistake(failure) from None
-            idle.append(worker)
-        rate = spent["audio"] / max(1e-9, time.monotonic() - began)
-        progress.update(done, f"{rate:.1f} hours of audio an hour, {spent['quarantined']:.0f} quarantined")
-    progress.close(f"{spent['quarantined']:.0f} quarantined")
-    for worker in {*workers, *successors.values()} - successors.keys():
-        ray.kill(worker)
-    return spent
-
-
-def _find_killers(
-    ray: Any, stop: StopSignal, config: TokenizeConfig, start: Any, shard: ShardPlan
-) -> list[Quarantined]:
-    """Give each clip of a shard to a worker alone; return those that no worker lives through."""
-    say(f"{shard.name}: looking for the clip that its workers die of")
-    worker, found, attempts = start(), [], config.workers.attempts
-    for clip in shard.clips:
-        for _ in range(attempts):
-            stop.check()
-            try:
-                ray.get(worker.probe.remote(clip))
-                break
-            except ray.exceptions.RayActorError:
-                worker = start()
-        else:
-            reason = f"{clip.url}: every worker that read or encoded this clip died"
-            found.append(Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts))
-    ray.kill(worker)
-    return found
-
-
-def _users_mistake(failure: Any) -> Exception:
-    """Return what a worker raised if a user can do something about it, else the failure itself."""
-    cause = getattr(failure, "cause", None)
-    return cause if isinstance(cause, MegascaleError) else failure
+        return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
 
 
 # --------------------------------------------------------------------------------------------------------- the finish
 
 
-def _committed(url: str, shard: ShardPlan) -> ShardIndex:
-    index = read_committed(url, shard)
+def _committed(url: str, shard: ShardPlan, codec: Codec) -> ShardIndex:
+    index = read_committed(url, shard, codec.fingerprint)
     if index is None:
         raise DataError(
-            f"{storage.join(url, shard.name)}: gone, or cut, since it was written; run the same command again"
+            f"{storage.join(url, shard.name)}: gone, cut, or made by another codec, since it was written; "
+            "run the same command again"
         )
     return index
 
@@ -237,9 +178,6 @@ def _finish(
     wall_seconds: float,
 ) -> Manifest:
     url = config.output.url
-    for index in indexes:
-        if index.codec != codec.fingerprint:
-            raise DataError(f"{storage.join(url, index.shard)}: committed by another codec than this job's")
     bad = plan.unreadable + [item for index in indexes for item in index.quarantined]
     seconds = sum(clip.frames for index in indexes for clip in index.clips) / FRAMES_PER_SECOND
     num_clips = sum(len(index.clips) for index in indexes)

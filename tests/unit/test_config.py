@@ -309,3 +309,27 @@ def test_help_shows_the_defaults_a_job_gives_a_shared_section():
     help_text = describe_keys(Table1Config)
     labels = [line.split()[-1] for line in help_text.splitlines() if line.split()[0].endswith(".label")]
     assert labels == ["'genre'", "'instrument_family_str'", "'class'"]
+
+
+@pytest.mark.parametrize(
+    ("key", "url"),
+    [
+        ("source.url", "https://me:hunter2@host/audio"),
+        ("source.url", "s3://me:hunter2@bucket/audio"),
+        ("storage.endpoint_url", "http://hunter2@host:9000"),
+        ("output.url", "https://host/tokens?X-Amz-Signature=hunter2"),
+        ("codec.weights", "https://host/c.th?sv=1&sig=hunter2"),
+    ],
+)
+def test_url_with_credentials_is_refused_and_not_repeated(key, url):
+    with pytest.raises(ConfigError, match=f"^tokenize.{key}: a URL with credentials in it") as failure:
+        load_config(TokenizeConfig, "tokenize", None, [*TOKENIZE, f"{key}={url}"])
+    assert "hunter2" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/a@b:c/x.wav", "abfs://container@account.dfs.core.windows.net/x", "sftp://me@host/x", "/data/a:b@c"],
+)
+def test_url_without_credentials_passes(url):
+    assert load_config(TokenizeConfig, "tokenize", None, [*TOKENIZE, f"source.url={url}"]).source.url == url

@@ -279,6 +279,22 @@ def test_listing_nothing_is_an_error_on_every_store(tmp_path, pattern):
             storage.list_files(url)
 
 
+def test_remote_file_is_read_in_every_way_a_local_one_is(tmp_path):
+    for url in (str(tmp_path / "x"), f"memory:/{tmp_path}/x"):
+        storage.publish_bytes(url, b"one\ntwo\nthree")
+        with storage.open_read(url) as file:
+            assert (file.readline(), file.tell(), file.read(3), file.read(), file.read()) == (
+                b"one\n",
+                4,
+                b"two",
+                b"\nthree",
+                b"",
+            )
+            assert file.seek(-5, 2) == 8
+            buffer = bytearray(9)
+            assert file.readinto(buffer) == 5 and buffer == b"three\0\0\0\0"
+
+
 def test_other_filesystem_publishes_create_only(tmp_path):
     url = f"memory:/{tmp_path}/x"
     assert storage.publish_bytes(url, b"first", create_only=True) is True

@@ -178,16 +178,25 @@ def test_quarantined_file_whose_name_is_not_utf8_can_be_told(tmp_path):
 def test_shard_is_committed_by_an_index_and_a_whole_tar(tmp_path):
     data, index, encoded = build()
     plan = ShardPlan(7, [e.clip for e in encoded])
-    assert read_committed(str(tmp_path), plan) is None
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) is None
     publish_shard(str(tmp_path), data, index)
-    assert read_committed(str(tmp_path), plan) == index
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) == index
     tar = tmp_path / plan.name
     tar.write_bytes(data[:-512])
-    assert read_committed(str(tmp_path), plan) is None
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) is None
     tar.unlink()
-    assert read_committed(str(tmp_path), plan) is None
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) is None
     publish_shard(str(tmp_path), data, index)
-    assert read_committed(str(tmp_path), plan) == index
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) == index
+
+
+def test_shard_of_another_codec_or_of_other_clips_is_not_committed(tmp_path):
+    data, index, encoded = build()
+    publish_shard(str(tmp_path), data, index)
+    clips = [e.clip for e in encoded]
+    assert read_committed(str(tmp_path), ShardPlan(7, clips), "cd" * 32) is None
+    assert read_committed(str(tmp_path), ShardPlan(7, clips[:-1]), FINGERPRINT) is None
+    assert read_committed(str(tmp_path), ShardPlan(7, [*clips[:-1], clip(9)]), FINGERPRINT) is None
 
 
 def test_index_that_does_not_fit_the_tar_written_anew_is_replaced(tmp_path):
@@ -197,7 +206,7 @@ def test_index_that_does_not_fit_the_tar_written_anew_is_replaced(tmp_path):
     publish_shard(str(tmp_path), *build_shard(plan, encoded[:-1], bad, NAME, FINGERPRINT))
     (tmp_path / plan.name).unlink()
     publish_shard(str(tmp_path), data, index)
-    assert read_committed(str(tmp_path), plan) == index
+    assert read_committed(str(tmp_path), plan, FINGERPRINT) == index
 
 
 def test_every_cut_of_an_index_is_refused_by_name(tmp_path):
@@ -208,4 +217,4 @@ def test_every_cut_of_an_index_is_refused_by_name(tmp_path):
     for size in range(0, len(whole), 37):
         where.write_bytes(whole[:size])
         with pytest.raises(DataError, match=f"^{where}: broken: .*; delete it and run the same command again$"):
-            read_committed(str(tmp_path), ShardPlan(7, [e.clip for e in encoded]))
+            read_committed(str(tmp_path), ShardPlan(7, [e.clip for e in encoded]), FINGERPRINT)

@@ -1,0 +1,199 @@
+"""Keeping the workers busy: shards are handed out, dead workers replaced, and the clip found that kills them.
+
+A worker may die of what it reads, or of something else: memory, a lost machine, a signal. So a death counts against a
+shard only if the worker was up and had the shard in hand, and a clip is left out only if workers died each time they had
+that clip alone.
+"""
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+from megascale.data.index import Quarantined
+from megascale.errors import DataError, MegascaleError
+from megascale.log import Progress, say
+from megascale.stopping import StopSignal
+from megascale.tokenize.plan import Plan, TokenizeConfig
+from megascale.tokenize.shards import ShardPlan
+from megascale.tokenize.worker import CALLS
+
+_LEAST_STARTS = 10  # a few unlucky starts in a row say nothing where workers are few
+
+
+class _Crew:
+    """The workers: each has a place, and another takes it when it dies. Only one that is up is given work, so that more
+    workers than the cluster has room for wait in nobody's way."""
+
+    def __init__(self, ray: Any, start: Callable[[], Any], count: int, attempts: int) -> None:
+        self._ray, self._start = ray, start
+        self._failed_starts, self._most_failed_starts = 0, attempts * max(count, _LEAST_STARTS)
+        self.actors: list[Any] = [None] * count
+        self.starting: dict[Any, int] = {}  # the place of each worker that is not up yet, by its call of `ready`
+        self.called_off: set[Any] = set()
+        for place in range(count):
+            self.start(place)
+
+    def start(self, place: int) -> None:
+        """Give a place to a new worker."""
+        if self.actors[place] is not None:
+            self._ray.kill(self.actors[place])  # one that is only out of reach would go on
+        self.starting = {ready: other for ready, other in self.starting.items() if other != place}
+        self.actors[place] = self._start()
+        self.starting[self.actors[place].ready.remote()] = place
+
+    def started(self, ready: Any) -> int | None:
+        """Return the place of a worker whose call of `ready` came back; None if it died, and another is starting.
+
+        Raises DataError if workers die again and again as they start.
+        """
+        place = self.starting.pop(ready)
+        try:
+            self._ray.get(ready)
+        except self._ray.exceptions.RayError as failure:
+            self._failed_starts += 1
+            if self._failed_starts >= self._most_failed_starts:
+                raise DataError(f"workers die again and again as they start: {_last_line(failure)}") from None
+            say("a worker died as it started; starting another")
+            self.start(place)
+            return None
+        self._failed_starts = 0
+        return place
+
+    def wait_for(self, place: int, stop: StopSignal) -> Any:
+        """Return the worker of a place once it is up."""
+        while waiting := [ready for ready, other in self.starting.items() if other == place]:
+            stop.check()
+            for ready in self._ray.wait(waiting, timeout=1.0)[0]:
+                self.started(ready)
+        return self.actors[place]
+
+    def dismiss(self) -> None:
+        for actor in self.actors:
+            self._ray.kill(actor)
+
+
+class _Hands:
+    """Which shards are in whose hands: a worker has up to `CALLS`, and a second one only if none waits for a first."""
+
+    def __init__(self, crew: _Crew) -> None:
+        self._crew = crew
+        self.running: dict[Any, tuple[int, Any, ShardPlan]] = {}
+
+    def give(self, waiting: deque[ShardPlan], killers: dict[int, list[Quarantined]]) -> None:
+        """Give waiting shards to workers that are up."""
+        starting = set(self._crew.starting.values())
+        held = {place: 0 for place in range(len(self._crew.actors))}
+        for place, actor, _ in self.running.values():
+            held[place] += actor is self._crew.actors[place]
+        while waiting and (up := [place for place in held if place not in starting and held[place] < CALLS]):
+            place = min(up, key=lambda place: held[place])
+            if held[place] and len(waiting) <= sum(n == 0 for n in held.values()):
+                break
+            actor, shard = self._crew.actors[place], waiting.popleft()
+            held[place] += 1
+            self.running[actor.encode.remote(shard, killers.get(shard.number, []))] = (place, actor, shard)
+
+
+def drive(
+    ray: Any,
+    stop: StopSignal,
+    config: TokenizeConfig,
+    start: Callable[[], Any],
+    count: int,
+    missing: list[ShardPlan],
+    plan: Plan,
+) -> defaultdict[str, float]:
+    """Have every missing shard encoded and committed; each is tried a bounded number of times.
+
+    Args:
+        ray: the module.
+        stop: asked between steps.
+        config: the job's.
+        start: starts an actor of `ShardWorker`.
+        count: workers.
+        missing: shards to encode.
+        plan: all shards, for the progress line.
+
+    Returns:
+        Seconds of audio, seconds spent per stage, and counts, over all workers.
+    """
+    waiting, deaths, killers = deque(missing), Counter[int](), dict[int, list[Quarantined]]()
+    done = plan.num_clips - sum(len(shard.clips) for shard in missing)
+    progress = Progress("tokenising", plan.num_clips, done, "clips")
+    spent: defaultdict[str, float] = defaultdict(float)
+    spent["quarantined"] = len(plan.unreadable)
+    began = time.monotonic()
+    crew = _Crew(ray, start, count, config.workers.attempts)
+    hands = _Hands(crew)
+    while waiting or hands.running:
+        stop.check()
+        hands.give(waiting, killers)
+        for result in ray.wait([*crew.starting, *hands.running], timeout=1.0)[0]:
+            if result in crew.starting:
+                crew.started(result)
+            if result not in hands.running:
+                continue
+            place, actor, shard = hands.running.pop(result)
+            try:
+                for name, value in ray.get(result).items():
+                    spent[name] += value
+                done += len(shard.clips)
+            except ray.exceptions.RayTaskError as failure:
+                raise users_mistake(failure) from None
+            except ray.exceptions.RayError as failure:
+                say(f"{shard.name}: its worker died; trying again")
+                deaths[shard.number] += actor not in crew.called_off
+                if actor is crew.actors[place]:  # its other call ends here too
+                    crew.start(place)
+                if deaths[shard.number] >= config.workers.attempts:
+                    if shard.number in killers:
+                        raise DataError(
+                            f"{shard.name}: its worker dies again and again: {_last_line(failure)}"
+                        ) from None
+                    killers[shard.number] = _find_killers(ray, stop, config, crew, place, shard)
+                    deaths[shard.number] = 0
+                waiting.appendleft(shard)
+        rate = spent["audio"] / max(1e-9, time.monotonic() - began)
+        progress.update(done, f"{rate:.1f} hours of audio an hour, {spent['quarantined']:.0f} quarantined")
+    progress.close(f"{spent['quarantined']:.0f} quarantined")
+    crew.dismiss()
+    return spent
+
+
+def _find_killers(
+    ray: Any, stop: StopSignal, config: TokenizeConfig, crew: _Crew, place: int, shard: ShardPlan
+) -> list[Quarantined]:
+    """Give each clip of a shard to a worker alone; return those that no worker lives through."""
+    say(f"{shard.name}: looking for the clip that its workers die of")
+    # the place of one of the crew, because a cluster may have no room for another
+    crew.called_off.add(crew.actors[place])
+    crew.start(place)
+    attempts, found = config.workers.attempts, []
+    for clip in shard.clips:
+        deaths, lived = 0, False
+        while not lived and deaths < attempts:
+            worker = crew.wait_for(place, stop)
+            stop.check()
+            try:
+                ray.get(worker.probe.remote(clip))
+                lived = True
+            except ray.exceptions.RayTaskError as failure:
+                raise users_mistake(failure) from None
+            except ray.exceptions.RayError:
+                deaths += 1
+                crew.start(place)
+        if not lived:
+            reason = f"{clip.url}: every worker that read or encoded this clip died"
+            found.append(Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=deaths))
+    return found
+
+
+def users_mistake(failure: Any) -> Exception:
+    """Return what a worker raised if a user can do something about it, else the failure itself."""
+    cause = getattr(failure, "cause", None)
+    return cause if isinstance(cause, MegascaleError) else failure
+
+
+def _last_line(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[-1]

