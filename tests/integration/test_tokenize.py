@@ -235,7 +235,14 @@ def test_clip_that_kills_its_workers_is_quarantined_and_its_shard_is_not_lost(to
     write_tones(tmp_path / "in", 6)
     killer = tmp_path / "in" / "killer.wav"
     soundfile.write(killer, np.zeros((44_100 * 900, 2), dtype=np.int16), 44_100)
-    line = tokenize(tmp_path / "in", tmp_path / "out", "clips.seconds=null", "workers.count=1", same_codec(tokens))
+    line = tokenize(
+        tmp_path / "in",
+        tmp_path / "out",
+        "clips.seconds=null",
+        "clips.max_seconds=1000",
+        "workers.count=1",
+        same_codec(tokens),
+    )
     driver = start(line)
     kills = 0
     while driver.poll() is None:

@@ -7,6 +7,7 @@ import numpy as np
 from support import write_tones
 
 from megascale.data.index import Quarantined
+from megascale.tokenize.plan import TokenizeConfig
 from megascale.tokenize.sources import Clip
 from megascale.tokenize.worker import _MOST_WAITING, _equal_length_batches, _read_clip
 
@@ -35,6 +36,11 @@ def test_every_clip_is_in_one_batch():
     assert all(len({lengths[i] for i in batch}) == 1 and len(batch) <= 4 for batch in found)
 
 
+def config(path: Path) -> TokenizeConfig:
+    sections = {"source": {"kind": "files", "url": str(path)}, "codec": {"weights": "calibrate"}}
+    return TokenizeConfig.model_validate(sections | {"output": {"url": str(path / "out")}})
+
+
 def test_many_lengths_do_not_pile_up_in_memory():
     read = 0
 
@@ -54,14 +60,14 @@ def test_many_lengths_do_not_pile_up_in_memory():
 
 def test_broken_audio_is_final_and_an_unreachable_file_is_tried_again(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
-    found, _ = _read_clip(clip(tmp_path / "text.wav"), attempts=3)
+    found, _ = _read_clip(clip(tmp_path / "text.wav"), config(tmp_path), "encodec_24khz")
     assert isinstance(found, Quarantined) and found.attempts == 1
-    found, _ = _read_clip(clip(tmp_path / "gone.wav"), attempts=3)
+    found, _ = _read_clip(clip(tmp_path / "gone.wav"), config(tmp_path), "encodec_24khz")
     assert isinstance(found, Quarantined) and found.attempts == 3 and "gone.wav: no such file" in found.reason
 
 
 def test_time_is_told_by_stage(tmp_path):
     (path,) = write_tones(tmp_path, 1)
-    samples_S, spent = _read_clip(clip(path), attempts=1)
+    samples_S, spent = _read_clip(clip(path), config(tmp_path), "encodec_24khz")
     assert isinstance(samples_S, np.ndarray) and len(samples_S) == 48_000
     assert spent.keys() == {"read", "decode", "resample"} and min(spent.values()) > 0
