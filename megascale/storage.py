@@ -99,7 +99,12 @@ def read_start(url: str, length: int) -> bytes:
         with open_read(url) as file:
             return file.read(length)
     fs, path = _open_filesystem(url)
-    return _retry(url, lambda: cast(bytes, fs.cat_file(path, start=0, end=length)))
+
+    def read() -> bytes:
+        # of an empty object, S3 refuses every range
+        return cast(bytes, fs.cat_file(path, start=0, end=length)) if fs.size(path) else b""
+
+    return _retry(url, read)
 
 
 def read_text(url: str) -> str:

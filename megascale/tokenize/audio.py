@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ _BLOCK = 1 << 20  # numbers decoded at once, over all channels
 
 def probe_seconds(url: str) -> float:
     """Return a recording's length from its header, in seconds. Raises AudioError or StorageError naming the URL."""
-    with storage.open_read(url) as file, _open(file, url) as sound:
+    with _watched(url) as file, _open(file, url) as sound:
         return sound.frames / sound.samplerate
 
 
@@ -64,14 +65,8 @@ def read_clip(
     """
     spent = defaultdict(float) if spent is None else spent
     started = time.perf_counter()
-    with storage.open_read(url) as handle:
-        file = _Watched(handle)
-        try:
-            mono_S, rate = _decode(file, url, start_seconds, duration_seconds, most_seconds)
-        except AudioError:
-            if file.failure is not None:  # what looks like a broken file is a broken connection
-                raise StorageError(f"{url}: {file.failure}") from None
-            raise
+    with _watched(url) as file:
+        mono_S, rate = _decode(file, url, start_seconds, duration_seconds, most_seconds)
     decoded = time.perf_counter()
     if not np.isfinite(mono_S).all():
         raise AudioError(f"{url}: holds samples that are not finite numbers")
@@ -106,7 +101,8 @@ def _decode(
 
 def _blocks(sound: soundfile.SoundFile, url: str, first: int, wanted: int) -> Iterator[np.ndarray]:
     try:
-        sound.seek(first)
+        if first:  # some encodings, such as GSM 6.10, cannot seek
+            sound.seek(first)
         while wanted > 0:
             block_SC = sound.read(min(wanted, max(1, _BLOCK // sound.channels)), dtype="float32", always_2d=True)
             if not len(block_SC):
@@ -139,10 +135,26 @@ class _Watched:
             self.seconds += time.perf_counter() - started
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # a place before the file, as broken ones name it
+            return -1  # raised, PyAV would print it and go on
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+@contextmanager
+def _watched(url: str) -> Iterator[_Watched]:
+    """Open a file; what looks like a broken one because its connection broke becomes a StorageError."""
+    with storage.open_read(url) as handle:
+        file = _Watched(handle)
+        try:
+            yield file
+        except AudioError:
+            if file.failure is not None:
+                raise StorageError(f"{url}: {file.failure}") from None
+            raise
 
 
 def _stretch(

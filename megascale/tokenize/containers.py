@@ -89,6 +89,9 @@ class Container:
             self.close()
             raise AudioError(f"{self._url}: holds no audio")
         self._stream: Any = streams[0]
+        if self._stream.codec_context is None:
+            self.close()
+            raise AudioError(f"{self._url}: cannot be decoded: FFmpeg knows no decoder for its audio")
         self._stream.codec_context.thread_count = 1  # a worker has one core
 
     def _announced_samples(self) -> int:

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from support import write_tones
 from test_tokenize import hashes, tokenize
 
-from megascale.storage import StorageConfig, configure, publish_bytes
+from megascale.storage import StorageConfig, configure, publish_bytes, read_start
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -109,6 +109,13 @@ def test_create_only_holds_where_the_store_honours_it(server):
     second = publish_bytes("s3://bucket/once", b"second", create_only=True)
     assert second == (server.name == "rclone")  # so correctness never rests on it
     assert server.filesystem().cat_file("bucket/once") == (b"second" if second else b"first")
+
+
+@pytest.mark.parametrize("size", [0, 5, 3_000_000])
+def test_first_bytes_are_read_alone(server, size):
+    data = bytes(range(256)) * 12_000
+    publish_bytes("s3://bucket/first", data[:size])
+    assert read_start("s3://bucket/first", 10) == data[: min(size, 10)]
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/nothing", "s3://no-such-bucket/audio"])
