@@ -88,6 +88,15 @@ def read_bytes(url: str) -> bytes:
     return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path)))
 
 
+def read_start(url: str, length: int) -> bytes:
+    """Read a file's first bytes, and from a store no more than those."""
+    if is_local(url):
+        with open_read(url) as file:
+            return file.read(length)
+    # of an empty object, S3 refuses every range
+    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=0, end=length)) if fs.size(path) else b"")
+
+
 def read_text(url: str) -> str:
     """Read a whole UTF-8 file; a byte order mark, as spreadsheets write it, is left out."""
     try:

@@ -25,6 +25,7 @@ FRAMES_PER_SECOND = 75
 CODEBOOK_SIZE = 1024
 KBPS_PER_CODEBOOK = 0.75
 PUBLISHED_NAME = "encodec_24khz"
+LONGEST_HEADER = 1024  # bytes; EnCodec writes fewer than 100, and a hostile stream may announce 4 GB
 
 _HEADER = struct.Struct("!4sBI")
 _BITS = 10
@@ -90,6 +91,8 @@ def read_ecdc_header(data: bytes, where: str) -> tuple[EcdcHeader, int]:
     if magic != b"ECDC" or version != 0:
         raise TokenError(f"{where}: not an .ecdc stream (version 0)")
     start = _HEADER.size + meta_size
+    if start > LONGEST_HEADER:
+        raise TokenError(f"{where}: broken .ecdc header: {meta_size} bytes long")
     if len(data) < start:
         raise TokenError(f"{where}: truncated in its header")
     try:
@@ -105,11 +108,19 @@ def read_ecdc_header(data: bytes, where: str) -> tuple[EcdcHeader, int]:
         raise TokenError(f"{where}: entropy-coded by EnCodec's language model (lm: true); write it with use_lm=False")
     if header.model_name.split("+")[0] != PUBLISHED_NAME:
         raise TokenError(f"{where}: codec {header.model_name!r}; only {PUBLISHED_NAME} streams are read")
-    if header.audio_samples < 1 or not 1 <= header.num_codebooks <= 32:
+    if not 1 <= header.audio_samples < 1 << 48 or not 1 <= header.num_codebooks <= 32:
         raise TokenError(
             f"{where}: impossible header: {header.audio_samples} samples, {header.num_codebooks} codebooks"
         )
     return header, start
+
+
+def check_ecdc_size(header: EcdcHeader, start: int, size: int, where: str) -> None:
+    """Raise TokenError unless a stream whose codes begin at `start` has the size in bytes that its header promises."""
+    expected = start + (header.num_frames * header.num_codebooks * _BITS + 7) // 8
+    if size != expected:
+        state = "truncated" if size < expected else "longer than its header says"
+        raise TokenError(f"{where}: {state}: {size} bytes, expected {expected}")
 
 
 def read_ecdc(data: bytes, where: str, num_codebooks: int | None = None) -> tuple[EcdcHeader, np.ndarray]:
@@ -127,14 +138,12 @@ def read_ecdc(data: bytes, where: str, num_codebooks: int | None = None) -> tupl
         TokenError: as `read_ecdc_header`, or the payload's size is not what the header promises, or too few codebooks.
     """
     header, start = read_ecdc_header(data, where)
-    count = header.num_frames * header.num_codebooks
-    expected = start + (count * _BITS + 7) // 8
-    if len(data) != expected:
-        state = "truncated" if len(data) < expected else "longer than its header says"
-        raise TokenError(f"{where}: {state}: {len(data)} bytes, expected {expected}")
+    check_ecdc_size(header, start, len(data), where)
     if num_codebooks is not None and num_codebooks > header.num_codebooks:
         raise TokenError(f"{where}: holds {header.num_codebooks} codebooks, {num_codebooks} were asked for")
-    codes_TQ = _unpack(data, start, count).reshape(header.num_frames, header.num_codebooks)
+    codes_TQ = _unpack(data, start, header.num_frames * header.num_codebooks).reshape(
+        header.num_frames, header.num_codebooks
+    )
     return header, codes_TQ[:, :num_codebooks].T
 
 

@@ -1,8 +1,13 @@
-"""Any recording to 24 kHz mono: soundfile decodes, soxr resamples. What cannot be trusted raises AudioError."""
+"""Any recording to 24 kHz mono: soundfile or FFmpeg decodes, soxr resamples. What cannot be trusted raises AudioError.
+
+S samples, C channels.
+"""
 
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -11,6 +16,7 @@ import soxr
 
 from megascale import storage
 from megascale.errors import AudioError, StorageError
+from megascale.tokenize.containers import Container, format_of
 from megascale.tokens import SAMPLE_RATE_HZ
 
 # by the first four bytes of a file made of chunks: how it writes numbers, and which chunk is its audio
@@ -21,11 +27,16 @@ _CHUNKED: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
     b"FORM": ("big", b"SSND"),
 }
 _OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the largest
+_LOWEST_HZ, _HIGHEST_HZ = 1000, 1_000_000  # of recordings; a header that says otherwise lies
+_MOST_SAMPLES_PER_BYTE = (
+    8192  # a silent FLAC frame of 65,535 samples takes 8 bytes, a silent Vorbis packet of 8,192 one
+)
+_BLOCK = 1 << 20  # numbers decoded at once, over all channels
 
 
 def probe_seconds(url: str) -> float:
     """Return a recording's length from its header, in seconds. Raises AudioError or StorageError naming the URL."""
-    with storage.open_read(url) as file, _open(file, url) as sound:
+    with _watched(url) as file, _open(file, url) as sound:
         return sound.frames / sound.samplerate
 
 
@@ -34,36 +45,29 @@ def read_clip(
     start_seconds: float = 0.0,
     duration_seconds: float | None = None,
     spent: defaultdict[str, float] | None = None,
+    most_seconds: float = math.inf,
 ) -> np.ndarray:
     """Read a stretch of a recording as 24 kHz mono; only that stretch is decoded.
 
     Args:
-        url: the recording; wav, flac, ogg or mp3, at any rate and channel count.
+        url: the recording, at any rate and channel count; with megascale[av] also m4a, mp4, webm, mka, aac and wma.
         start_seconds: where the stretch begins.
         duration_seconds: its length; None reads to the end.
         spent: the seconds that reading, decoding and resampling took are added to its `read`, `decode`, `resample`.
+        most_seconds: a longer stretch is refused before it is decoded (`clips.max_seconds`).
 
     Returns:
         float32 samples of shape (S,), S = round(24000 x seconds read).
 
     Raises:
-        AudioError: not audio, truncated, empty, not finite, or too short for the stretch; names the URL.
+        AudioError: not audio, truncated, empty, not finite, too long, or too short for the stretch; names the URL.
         StorageError: cannot be read at all, or the store failed on the way.
     """
     spent = defaultdict(float) if spent is None else spent
     started = time.perf_counter()
-    with storage.open_read(url) as handle:
-        file = _Watched(handle)
-        try:
-            samples_SC, rate = _decode(file, url, start_seconds, duration_seconds)
-        except AudioError:
-            if isinstance(file.failure, StorageError):  # what looks like a broken file is a broken connection
-                raise file.failure from None
-            if file.failure is not None:
-                raise StorageError(f"{url}: {file.failure}") from None
-            raise
+    with _watched(url) as file:
+        mono_S, rate = _decode(file, url, start_seconds, duration_seconds, most_seconds)
     decoded = time.perf_counter()
-    mono_S = samples_SC.mean(axis=1)
     if not np.isfinite(mono_S).all():
         raise AudioError(f"{url}: holds samples that are not finite numbers")
     if rate != SAMPLE_RATE_HZ:
@@ -76,17 +80,37 @@ def read_clip(
     return np.ascontiguousarray(mono_S, dtype=np.float32)
 
 
-def _decode(file: "_Watched", url: str, start_seconds: float, duration_seconds: float | None) -> tuple[np.ndarray, int]:
+def _decode(
+    file: "_Watched", url: str, start_seconds: float, duration_seconds: float | None, most_seconds: float
+) -> tuple[np.ndarray, int]:
+    """Return a stretch's samples, mixed down block by block: many channels of a long clip never lie in memory."""
     with _open(file, url) as sound:
         first, wanted = _stretch(sound, url, start_seconds, duration_seconds)
-        try:
+        if wanted > most_seconds * sound.samplerate:
+            raise AudioError(
+                f"{url}: {wanted / sound.samplerate:.0f} s in one clip, clips.max_seconds={most_seconds:g}; "
+                "clips.seconds cuts recordings"
+            )
+        container = isinstance(sound, Container)
+        blocks = sound.blocks(first, wanted) if container else _blocks(sound, url, first, wanted)
+        mono_S = np.concatenate([np.empty(0, np.float32), *(block_SC.mean(axis=1) for block_SC in blocks)])
+        if len(mono_S) < wanted - (sound.slack if container else 0):
+            raise AudioError(f"{url}: truncated: {len(mono_S)} samples could be decoded of {wanted}")
+        return mono_S, sound.samplerate
+
+
+def _blocks(sound: soundfile.SoundFile, url: str, first: int, wanted: int) -> Iterator[np.ndarray]:
+    try:
+        if first:  # some encodings, such as GSM 6.10, cannot seek
             sound.seek(first)
-            samples_SC = sound.read(wanted, dtype="float32", always_2d=True)
-        except (soundfile.SoundFileError, RuntimeError) as failure:
-            raise AudioError(f"{url}: cannot be decoded: {failure}") from None
-        if len(samples_SC) != wanted:
-            raise AudioError(f"{url}: truncated: {len(samples_SC)} samples could be decoded of {wanted}")
-        return samples_SC, sound.samplerate
+        while wanted > 0:
+            block_SC = sound.read(min(wanted, max(1, _BLOCK // sound.channels)), dtype="float32", always_2d=True)
+            if not len(block_SC):
+                return
+            yield block_SC
+            wanted -= len(block_SC)
+    except (soundfile.SoundFileError, RuntimeError) as failure:
+        raise AudioError(f"{url}: cannot be decoded: {failure}") from None
 
 
 class _Watched:
@@ -111,14 +135,32 @@ class _Watched:
             self.seconds += time.perf_counter() - started
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # a place before the file, as broken ones name it
+            return -1  # raised, PyAV would print it and go on
 
     def tell(self) -> int:
         return self._file.tell()
 
 
+@contextmanager
+def _watched(url: str) -> Iterator[_Watched]:
+    """Open a file; what looks like a broken one because its connection broke becomes a StorageError."""
+    with storage.open_read(url) as handle:
+        file = _Watched(handle)
+        try:
+            yield file
+        except AudioError:
+            if isinstance(file.failure, StorageError):
+                raise file.failure from None
+            if file.failure is not None:
+                raise StorageError(f"{url}: {file.failure}") from None
+            raise
+
+
 def _stretch(
-    sound: soundfile.SoundFile, url: str, start_seconds: float, duration_seconds: float | None
+    sound: soundfile.SoundFile | Container, url: str, start_seconds: float, duration_seconds: float | None
 ) -> tuple[int, int]:
     """Return a stretch's first sample and its number of samples. Raises AudioError unless the file holds it."""
     end = "its end" if duration_seconds is None else f"{duration_seconds:.3f} s later"
@@ -134,24 +176,38 @@ def _stretch(
     return first, wanted
 
 
-def _open(file: Any, url: str) -> soundfile.SoundFile:
-    _check_is_whole(file, url)
-    try:
-        sound = soundfile.SoundFile(file)
-    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as failure:
-        reason = str(failure).rpartition(": ")[2]
-        raise AudioError(f"{url}: not an audio file: {reason}") from None
-    if sound.frames < 1 or sound.samplerate < 1:
-        sound.close()
-        raise AudioError(f"{url}: its header announces no audio")
-    return sound
-
-
-def _check_is_whole(file: IO[bytes], url: str) -> None:
-    """Compare a file's header with its size: libsndfile reads a truncated one, or one that claims 4 GB, as if whole."""
+def _open(file: Any, url: str) -> soundfile.SoundFile | Container:
     size = file.seek(0, 2)
     if size == 0:
         raise AudioError(f"{url}: an empty file")
+    file.seek(0)
+    container_format = format_of(file.read(12))
+    if container_format is None:
+        _check_is_whole(file, url, size)
+    try:
+        sound = soundfile.SoundFile(file) if container_format is None else Container(file, url, container_format)
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as failure:
+        reason = str(failure).rpartition(": ")[2]
+        raise AudioError(f"{url}: not an audio file: {reason}") from None
+    try:
+        _check_header(sound, url, size)
+    except AudioError:
+        sound.close()
+        raise
+    return sound
+
+
+def _check_header(sound: soundfile.SoundFile | Container, url: str, size: int) -> None:
+    if sound.frames < 1:
+        raise AudioError(f"{url}: its header announces no audio")
+    if not _LOWEST_HZ <= sound.samplerate <= _HIGHEST_HZ:
+        raise AudioError(f"{url}: a sample rate of {sound.samplerate} Hz in its header")
+    if sound.frames > _MOST_SAMPLES_PER_BYTE * size:
+        raise AudioError(f"{url}: {sound.frames} samples in its header, more than {size} bytes can hold")
+
+
+def _check_is_whole(file: IO[bytes], url: str, size: int) -> None:
+    """Compare a file's header with its size: libsndfile reads a truncated one, or one that claims 4 GB, as if whole."""
     start, length = _announced_audio(file, size)
     if start + length > size:
         raise AudioError(f"{url}: truncated: {max(0, size - start)} bytes of audio of {length} in its header")

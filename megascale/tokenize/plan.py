@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from megascale import storage
 from megascale.config import Section
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, ConfigError, CredentialsError, DataError, StorageError
+from megascale.errors import AudioError, ConfigError, CredentialsError, DataError, StorageError, TokenError
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
-from megascale.tokenize import audio
+from megascale.tokenize import audio, streams
 from megascale.tokenize.codec import CALIBRATE, load_codec
 from megascale.tokenize.shards import ShardPlan, plan_shards
 from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
@@ -209,6 +209,11 @@ def make_plan(config: TokenizeConfig) -> Plan:
         raise DataError(
             f"{config.source.url}: none of {len(recordings)} recordings can be read: {unreadable[0].reason}"
         )
+    if config.codec.weights == CALIBRATE and all(streams.is_stream(clip.url) for clip in clips):
+        raise ConfigError(
+            f"tokenize.codec.weights={CALIBRATE}: {config.source.url} holds .ecdc streams and no audio to fit a codec "
+            "to; give the codec that wrote them"
+        )
     for what, count in notes.items():
         if count:
             say(f"{count} {what}")
@@ -224,10 +229,11 @@ def _with_lengths(
         if config.seconds is None or recording.duration_seconds is not None:
             return None
         try:
-            return audio.probe_seconds(recording.url)
+            stream = streams.is_stream(recording.url)
+            return streams.probe_seconds(recording.url) if stream else audio.probe_seconds(recording.url)
         except CredentialsError:
             raise  # no fault of the recording's
-        except (AudioError, StorageError) as failure:
+        except (AudioError, StorageError, TokenError) as failure:
             return failure
 
     progress = Progress("reading headers", len(recordings), unit="recordings")

@@ -22,9 +22,11 @@ from pydantic import Field, model_validator
 from megascale import storage
 from megascale.config import Section, has_credentials
 from megascale.errors import DataError
+from megascale.tokenize.streams import is_stream
 
 SourceKind = Literal["files", "list", "audioset", "gtzan", "nsynth", "music_speech"]
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff", ".au", ".opus")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".au", ".opus")
+CONTAINER_SUFFIXES = (".m4a", ".mp4", ".m4b", ".mov", ".aac", ".webm", ".mka", ".mkv", ".wma")  # of megascale[av]
 GTZAN_FOLDERS = ("genres", "Data/genres_original", "genres_original")
 
 
@@ -49,6 +51,9 @@ class ClipsConfig(Section):
 
     seconds: float | None = Field(10.0, gt=0, description="length of a clip; null keeps each recording whole")
     min_seconds: float = Field(1.0, ge=0, description="a shorter rest at a recording's end is left out")
+    max_seconds: float = Field(
+        600.0, gt=0, description="a longer clip is quarantined; up to 50 are in a worker's memory, 0.1 MB a second each"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,11 @@ def cut(recording: Recording, total_seconds: float | None, config: ClipsConfig) 
         config: the cut policy.
 
     Returns:
-        At least one clip. A recording shorter than `min_seconds` is kept whole: only a rest is left out.
+        At least one clip. A recording shorter than `min_seconds` is kept whole: only a rest is left out. An `.ecdc`
+        stream is kept whole too.
     """
+    if is_stream(recording.url):
+        return [_clip(recording, 0.0, total_seconds)]
     duration = recording.duration_seconds
     if config.seconds is None:
         return [_clip(recording, recording.start_seconds, duration)]
@@ -144,7 +152,8 @@ def _key(source: str, start_seconds: float) -> str:
 
 def _is_audio(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
+    known = path.suffix.lower() in AUDIO_SUFFIXES + CONTAINER_SUFFIXES or is_stream(name)
+    return known and not path.name.startswith(".")
 
 
 def _files(config: SourceConfig) -> list[Recording]:
@@ -202,6 +211,8 @@ def _list(url: str) -> list[Recording]:
         duration_seconds = None if duration is None else _seconds(where, duration)
         if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
             raise DataError(f"{where}: start must not be negative, and duration must be above 0")
+        if is_stream(name) and (start_seconds or duration_seconds):
+            raise DataError(f"{where}: {name}: an .ecdc stream is taken whole; leave its start and duration empty")
         full = name if "://" in name or name.startswith("/") else storage.join(parent, name)
         recordings.append(Recording(full, name, row, split, start_seconds, duration_seconds))
     repeated = [key for key, n in Counter((r.source, r.start_seconds) for r in recordings).items() if n > 1]

@@ -12,8 +12,8 @@ import numpy as np
 
 from megascale import seeding, storage
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, CredentialsError, StorageError
-from megascale.tokenize import audio
+from megascale.errors import AudioError, CredentialsError, StorageError, TokenError
+from megascale.tokenize import audio, streams
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
@@ -60,12 +60,12 @@ class ShardWorker:
         bad = {item.key: item for item in excluded}
         places = [i for i, clip in enumerate(plan.clips) if clip.key not in bad]
         encoded: dict[int, EncodedClip] = {}
-        clips = self._read(plan.clips, places, bad, spent)
+        clips = self._read(plan.clips, places, bad, encoded, spent)
         while batch := list(itertools.islice(clips, self._config.codec.batch_clips)):
             with self._encoder:
                 started = time.perf_counter()
                 sounds = [audio_S for _, audio_S in batch]
-                if self._gpu and self._config.codec.precision != "fp32" and not encoded:
+                if self._gpu and self._config.codec.precision != "fp32" and "checked" not in spent:
                     changed = self._gpu.check_precision(sounds, self._num_codebooks)
                     spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
                 codes = (self._gpu or self._codec).encode(sounds, self._num_codebooks)
@@ -83,36 +83,52 @@ class ShardWorker:
 
     def probe(self, clip: Clip) -> None:
         """Read and encode one clip for nothing but to see whether the worker lives through it."""
-        samples_S, _ = _read_clip(clip, self._config.workers.attempts)
-        if not isinstance(samples_S, Quarantined):
-            (self._gpu or self._codec).encode([samples_S], self._num_codebooks)
+        found, _ = _read_clip(clip, self._config, self._codec.name)
+        if isinstance(found, np.ndarray):
+            (self._gpu or self._codec).encode([found], self._num_codebooks)
 
     def _read(
-        self, clips: list[Clip], places: list[int], bad: dict[str, Quarantined], spent: defaultdict[str, float]
+        self,
+        clips: list[Clip],
+        places: list[int],
+        bad: dict[str, Quarantined],
+        encoded: dict[int, EncodedClip],
+        spent: defaultdict[str, float],
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (place, float32 samples) of the clips that can be read, in order; a few are read ahead."""
+        """Yield (place, float32 samples) of the clips that can be read, in order; a few are read ahead.
+
+        What cannot be read goes to `bad`, and what holds codes already to `encoded`.
+        """
         with ThreadPoolExecutor(_READERS) as pool:
-            ahead: deque[Future[tuple[np.ndarray | Quarantined, dict[str, float]]]] = deque()
+            ahead: deque[Future[tuple[np.ndarray | EncodedClip | Quarantined, dict[str, float]]]] = deque()
             for n in range(len(places) + _READ_AHEAD):
                 if n < len(places):
-                    ahead.append(pool.submit(_read_clip, clips[places[n]], self._config.workers.attempts))
+                    ahead.append(pool.submit(_read_clip, clips[places[n]], self._config, self._codec.name))
                 if n >= _READ_AHEAD:
                     found, took = ahead.popleft().result()
                     for stage, seconds in took.items():
                         spent[stage] += seconds
                     if isinstance(found, Quarantined):
                         bad[found.key] = found
+                    elif isinstance(found, EncodedClip):
+                        encoded[places[n - _READ_AHEAD]] = found
                     else:
                         yield places[n - _READ_AHEAD], found
 
 
-def _read_clip(clip: Clip, attempts: int) -> tuple[np.ndarray | Quarantined, dict[str, float]]:
+def _read_clip(
+    clip: Clip, config: TokenizeConfig, codec_name: str
+) -> tuple[np.ndarray | EncodedClip | Quarantined, dict[str, float]]:
     """Read one clip. What its bytes say is final; a store that fails is asked again, a bounded number of times."""
+    attempts, most_seconds = config.workers.attempts, config.clips.max_seconds
     spent: defaultdict[str, float] = defaultdict(float)
     for attempt in range(1, attempts + 1):
         try:
-            return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent), spent
-        except AudioError as failure:
+            if streams.is_stream(clip.url):
+                num_codebooks = codebooks_for(config.codec.bitrate_kbps)
+                return EncodedClip(clip, *streams.read_stream(clip.url, codec_name, num_codebooks, most_seconds)), spent
+            return audio.read_clip(clip.url, clip.start_seconds, clip.duration_seconds, spent, most_seconds), spent
+        except (AudioError, TokenError) as failure:
             return Quarantined(key=clip.key, url=clip.url, reason=str(failure), attempts=attempt), spent
         except CredentialsError:
             raise  # no fault of the clip's, and the next would meet it too
@@ -146,12 +162,13 @@ class CodecFitter:
 
 
 def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
-    clips = [clip for shard in plan.shards for clip in shard.clips]
+    clips = [clip for shard in plan.shards for clip in shard.clips if not streams.is_stream(clip.url)]
     sample: list[np.ndarray] = []
     seconds = 0.0
     for i in seeding.generator(config.codec.seed, "calibration sample").permutation(len(clips)):
         try:
-            sample.append(audio.read_clip(clips[i].url, clips[i].start_seconds, clips[i].duration_seconds))
+            stretch = clips[i].start_seconds, clips[i].duration_seconds
+            sample.append(audio.read_clip(clips[i].url, *stretch, most_seconds=config.clips.max_seconds))
         except CredentialsError:
             raise
         except (AudioError, StorageError):

@@ -10,7 +10,7 @@ from s3_servers import KEYS, Server, keys_in_environment, moto, rclone
 from support import write_tones
 from test_tokenize import hashes, tokenize
 
-from megascale.storage import publish_bytes
+from megascale.storage import publish_bytes, read_start
 
 
 @pytest.fixture(scope="module", params=["moto", "rclone"])
@@ -60,6 +60,13 @@ def test_create_only_holds_where_the_store_honours_it(server):
     second = publish_bytes("s3://bucket/once", b"second", create_only=True)
     assert second == (server.name == "rclone")  # so correctness never rests on it
     assert server.filesystem().cat_file("bucket/once") == (b"second" if second else b"first")
+
+
+@pytest.mark.parametrize("size", [0, 5, 3_000_000])
+def test_first_bytes_are_read_alone(server, size):
+    data = bytes(range(256)) * 12_000
+    publish_bytes("s3://bucket/first", data[:size])
+    assert read_start("s3://bucket/first", 10) == data[: min(size, 10)]
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/nothing", "s3://no-such-bucket/audio"])

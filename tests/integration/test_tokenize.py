@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from conftest import command, run
 from support import tone, write_tones
 
 from megascale.data.index import read_clips, read_manifest
+from megascale.tokens import read_ecdc, write_ecdc
 
 SMOKE = "configs/tokenize/smoke.yaml"
 
@@ -78,6 +80,35 @@ def test_every_clip_is_either_stored_once_or_quarantined_with_its_reason(tokens)
     assert all(item["attempts"] >= 1 for item in bad)
     report = json.loads((tokens / "tokenize_report.json").read_text())
     assert (report["clips"], report["quarantined"]) == (41, 3)
+
+
+def test_streams_of_the_same_codec_pass_through_with_every_byte(audio, tokens, tmp_path):
+    """Beside audio and a stream of another codec, which is never mixed in."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    sent = {}
+    with tarfile.open(tokens / "tokens-000001.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".ecdc"):
+                sent[member.name] = tar.extractfile(member).read()
+                (folder / member.name).write_bytes(sent[member.name])
+    codes_QT = read_ecdc(next(iter(sent.values())), "sent")[1]
+    (folder / "other.ecdc").write_bytes(write_ecdc(codes_QT, codes_QT.shape[1] * 320, "encodec_24khz"))
+    shutil.copy(next(audio.rglob("low-000.wav")), folder / "audio.wav")
+    run(tokenize(folder, tmp_path / "out", same_codec(tokens), "quarantine.max_share=0.5"))
+    stored = {}
+    for shard in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            names = {m.name: tar.extractfile(m).read() for m in tar}
+        for name, data in names.items():
+            if name.endswith(".json"):
+                stored[json.loads(data)["source"]] = names[name.removesuffix(".json") + ".ecdc"]
+    assert len(stored.pop("audio.wav")) > 0
+    assert stored == sent and len(sent) == 8
+    (bad,) = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert (
+        bad["url"] == str(folder / "other.ecdc") and "codes of encodec_24khz, and this job's codec is" in bad["reason"]
+    )
 
 
 def test_finished_job_rewrites_nothing(audio, tokens):
@@ -235,7 +266,14 @@ def test_clip_that_kills_its_workers_is_quarantined_and_its_shard_is_not_lost(to
     write_tones(tmp_path / "in", 6)
     killer = tmp_path / "in" / "killer.wav"
     soundfile.write(killer, np.zeros((44_100 * 900, 2), dtype=np.int16), 44_100)
-    line = tokenize(tmp_path / "in", tmp_path / "out", "clips.seconds=null", "workers.count=1", same_codec(tokens))
+    line = tokenize(
+        tmp_path / "in",
+        tmp_path / "out",
+        "clips.seconds=null",
+        "clips.max_seconds=1000",
+        "workers.count=1",
+        same_codec(tokens),
+    )
     driver = start(line)
     kills = 0
     while driver.poll() is None:

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
+from hostile import wav
 from support import tone
 
 from megascale.errors import AudioError, StorageError
@@ -164,6 +165,38 @@ def test_wav_that_claims_more_than_it_has_is_refused(tmp_path, claimed):
     data[position : position + 4] = struct.pack("<I", claimed)
     (tmp_path / "x.wav").write_bytes(data)
     assert f"truncated: 48000 bytes of audio of {claimed} in its header" in refused(url)
+
+
+def test_stretch_longer_than_a_clip_may_be_is_refused(tmp_path):
+    url = write_wav(tmp_path / "x.wav", tone(3.0, 24_000, 440))
+    assert len(read_clip(url, 0.5, 2.0, most_seconds=2.0)) == 48_000
+    for stretch in ((0.0, 2.1), (0.0, None)):
+        with pytest.raises(AudioError, match=rf"^{url}: . s in one clip, clips\.max_seconds=2; clips\.seconds cuts"):
+            read_clip(url, *stretch, most_seconds=2.0)
+
+
+@pytest.mark.parametrize("rate_hz", [1, 999, 1_000_001, 0x7FFFFFFF])
+def test_rate_of_no_recording_is_refused(tmp_path, rate_hz):
+    (tmp_path / "x.wav").write_bytes(wav(bytes(2000), rate_hz=rate_hz))
+    assert f"a sample rate of {rate_hz} Hz in its header" in refused(str(tmp_path / "x.wav"))
+
+
+def test_header_that_announces_more_samples_than_the_file_can_hold_is_refused(tmp_path):
+    """At planning too: cut to clips, this one would be half a million."""
+    url = write_wav(tmp_path / "x.flac", tone(1.0, 24_000, 440))
+    data = bytearray((tmp_path / "x.flac").read_bytes())
+    data[21] |= 0x0F  # STREAMINFO's 36 bits of length
+    data[22:26] = b"\xff" * 4
+    (tmp_path / "x.flac").write_bytes(data)
+    assert "bytes can hold" in refused(url)
+    with pytest.raises(AudioError, match="bytes can hold"):
+        probe_seconds(url)
+
+
+def test_many_channels_in_several_blocks_equal_their_mean(tmp_path):
+    samples_SC = np.random.default_rng(0).uniform(-1, 1, (150_000, 8)).astype(np.float32)
+    url = write_wav(tmp_path / "x.wav", samples_SC, subtype="FLOAT")
+    assert np.array_equal(read_clip(url), samples_SC.mean(axis=1))
 
 
 def test_wav_with_chunks_before_and_after_its_audio_is_read(tmp_path):
