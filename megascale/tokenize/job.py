@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megascale import storage
-from megascale.cluster import start_ray
+from megascale.cluster import check_stays, start_ray
 from megascale.data.index import (
     MANIFEST,
     CodecFacts,
@@ -50,6 +50,7 @@ def run(config: TokenizeConfig) -> Manifest:
     """
     storage.configure(config.storage)
     url = config.output.url
+    check_stays(url, "tokenize.output.url")
     stored = read_plan(config)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = read_manifest(url)
