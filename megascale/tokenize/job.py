@@ -28,10 +28,10 @@ from megascale.stopping import StopSignal
 from megascale.tokenize.codec import Codec, load_codec
 from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url, find_codec, make_plan, publish_plan, read_plan
 from megascale.tokenize.shards import ShardPlan, read_committed
+from megascale.tokenize.summary import REPORT, summarise
 from megascale.tokenize.worker import CALLS, CodecFitter, ShardWorker
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
-REPORT = "tokenize_report.json"
 QUARANTINE = "quarantine.jsonl"
 # glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
@@ -249,25 +249,6 @@ def _finish(
     storage.publish_bytes(
         storage.join(url, QUARANTINE), "".join(item.model_dump_json() + "\n" for item in bad).encode()
     )
-    report = {
-        "clips": num_clips,
-        "hours": seconds / 3600,
-        "quarantined": len(bad),
-        "wall_seconds": wall_seconds,
-        "hours_of_audio_per_hour": seconds / max(wall_seconds, 1e-9),
-        "codec": codec.origin,
-        # of what this start encoded itself: seconds of audio per second that one worker spent in each stage
-        "real_time_factor": {
-            stage: spent["audio"] / spent[stage]
-            for stage in ("read", "decode", "resample", "encode", "write")
-            if spent.get(stage)
-        },
-    }
-    if spent.get("checked"):
-        first, every = spent["changed_q0"] / spent["checked"], spent["changed"] / spent["checked"]
-        report["codes_changed"] = {"codebook_0": first, "all": every}
-        say(f"{config.codec.precision} changes {first:.3%} of codebook 0's codes and {every:.3%} of all against fp32")
-    storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     manifest = Manifest(
         codec=CodecFacts(
             name=codec.name,
@@ -283,6 +264,11 @@ def _finish(
         num_quarantined=len(bad),
         seconds=seconds,
     )
+    report = summarise(url, manifest, bad, spent, wall_seconds)
+    if "codes_changed" in report:
+        first, every = report["codes_changed"]["codebook_0"], report["codes_changed"]["all"]
+        say(f"{config.codec.precision} changes {first:.3%} of codebook 0's codes and {every:.3%} of all against fp32")
+    storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     storage.publish_bytes(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1).encode())
     say(
         f"{num_clips} clips, {duration(seconds)} of audio, {len(bad)} quarantined -> {url} ({codec.name}); "
