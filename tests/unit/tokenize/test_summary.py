@@ -12,11 +12,11 @@ from megascale.tokenize.summary import count_reasons, measure_codebooks, summari
 
 
 def test_usage_and_perplexity_of_each_codebook(tmp_path):
-    """Codebook 0 always says 5; codebook 1 says 0 half of the time, and 1 and 2 a quarter each: 1.5 bits."""
-    codes_NQT = np.stack([np.full((4, 8), 5), np.tile([0, 0, 1, 2], (4, 2))], axis=1)
-    write_token_folder(tmp_path, 4, frames=8, clips_per_shard=2, codes=codes_NQT)
+    """Codebook 0 says nothing but 5; codebook 1 says 0 twice, and 1 and 2 once: 1.5 bits."""
+    codes_NQT = np.array([[[5, 5], [0, 0]], [[5, 5], [1, 2]]])
+    write_token_folder(tmp_path, 2, frames=2, clips_per_shard=1, codes=codes_NQT)
     found = measure_codebooks(str(tmp_path), read_manifest(str(tmp_path)))
-    assert (found["shards"], found["clips"]) == (2, 4)
+    assert (found["shards"], found["clips"]) == (2, 2)
     assert found["usage"] == [1 / 1024, 3 / 1024]
     assert found["perplexity"] == pytest.approx([1, 2**1.5], rel=1e-12)  # float64 rounding
 
