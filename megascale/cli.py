@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import S, describe_keys, load_config
-from megascale.errors import ConfigError, MegascaleError, Stopped
+from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped
 from megascale.log import rank
 from megascale.stopping import stop_on_signal
 
@@ -23,9 +23,18 @@ _EXIT_CODES = (
 
 def tokenize(argv: Sequence[str] | None = None) -> int:
     """Audio to token shards."""
+    from megascale import tokenize_report
     from megascale.tokenize import job, plan
 
-    return _main("tokenize", plan.TokenizeConfig, job.run, plan.describe_plan, argv)
+    def run(config: plan.TokenizeConfig) -> None:
+        try:
+            job.run(config)
+        except QuarantineExceeded:  # finished all the same, and the page tells why
+            tokenize_report.write_page(config)
+            raise
+        tokenize_report.write_page(config)
+
+    return _main("tokenize", plan.TokenizeConfig, run, plan.describe_plan, argv)
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:

@@ -157,10 +157,10 @@ def write_page(
     summary: dict[str, Any],
     table: dict[str, Any],
     runs: Sequence[tuple[dict[str, Any], Path]],
-) -> Path:
-    """Write `report.html`. `runs` are result and folder of each pretraining. Returns the page's path."""
+) -> str:
+    """Write `report.html`. `runs` are result and folder of each pretraining. Returns the page's URL."""
     own = summary["data"] != SYNTHESISED
-    page = report.Page("Quickstart: from audio to a fine-tuned classifier", root)
+    page = report.Page("Quickstart: from audio to a fine-tuned classifier", str(root))
     page.text(f"Audio: {summary['data']}" if own else _SYNTHETIC, note=True)
     page.heading("Classification")
     page.text(summary["verdict"][0].upper() + summary["verdict"][1:])

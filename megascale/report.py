@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ img { max-width: 100%; height: auto } .note { background: #f4f6f8; border-left: 
 small { color: #5a6472 } code { background: #f0f2f4; padding: 0 .25rem }
 """
 PAGE = "report.html"
-_BLUE, _ORANGE, _GREY = "#2563a8", "#c4661f", "#8a94a3"
+BLUE, ORANGE, _GREY = "#2563a8", "#c4661f", "#8a94a3"
 
 
 class Page:
     """Collects sections and pictures, then writes one HTML file and the PNGs."""
 
-    def __init__(self, title: str, folder: Path, file_name: str = PAGE) -> None:
-        self._folder, self._file_name = folder, file_name
+    def __init__(self, title: str, folder_url: str, file_name: str = PAGE) -> None:
+        self._folder_url, self._file_name = folder_url, file_name
         self._parts = [f"<h1>{html.escape(title)}</h1>"]
         self._title = title
 
@@ -45,30 +46,32 @@ class Page:
         self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-        """Add a table; a row whose first cell is not empty begins a group."""
+        """Add a table; where first cells are empty, a row with one begins a group."""
 
         def cells(tag: str, values: Sequence[str]) -> str:
             kinds = ["" if i < text_columns else " class=number" for i in range(len(values))]
             return "".join(f"<{tag}{k}>{html.escape(v)}</{tag}>" for k, v in zip(kinds, values, strict=True))
 
-        body = "".join(f"<tr{' class=group' if row[0] else ''}>{cells('td', row)}</tr>" for row in rows)
+        grouped = not all(row[0] for row in rows)
+        body = "".join(f"<tr{' class=group' if grouped and row[0] else ''}>{cells('td', row)}</tr>" for row in rows)
         self._parts.append(f"<table><tr>{cells('th', header)}</tr>{body}</table>")
 
     def picture(self, name: str, figure: Figure, alt: str) -> None:
         """Add a figure, and write it as `name`.png."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-        storage.publish_bytes(str(self._folder / f"{name}.png"), buffer.getvalue())
+        storage.publish_bytes(storage.join(self._folder_url, f"{name}.png"), buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
         self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
-    def write(self) -> Path:
-        path = self._folder / self._file_name
+    def write(self) -> str:
+        """Write the page; return its URL."""
+        where = storage.join(self._folder_url, self._file_name)
         head = f"<meta charset=utf-8><title>{html.escape(self._title)}</title><style>{_STYLE}</style>"
         page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(self._parts)}</body></html>"
         # a file name need not be UTF-8; Python keeps such bytes as lone surrogates
-        storage.publish_bytes(str(path), page.encode("utf-8", "backslashreplace"))
-        return path
+        storage.publish_bytes(where, page.encode("utf-8", "backslashreplace"))
+        return where
 
 
 def write_pretrain_report(run_url: str, result: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ def write_pretrain_report(run_url: str, result: dict[str, Any]) -> None:
     folder = storage.local_path(run_url)
     if _is_newer(folder / PAGE, folder / "result.json"):
         return  # a finished run that was started again
-    page = Page(f"Pretraining at {result['bitrate_kbps']:g} kbps", folder)
+    page = Page(f"Pretraining at {result['bitrate_kbps']:g} kbps", run_url)
     add_pretraining(page, [(result, folder)])
     say(f"report: {page.write()}")
 
@@ -108,8 +111,8 @@ def _loss_curves(runs: Sequence[tuple[dict[str, Any], Path]]) -> Figure:
     for ax, (result, folder) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
         rows = read_metrics(folder / "metrics.jsonl")
         for key, label, style in (
-            ("train/loss", "training", {"color": _BLUE, "alpha": 0.6, "lw": 1}),
-            ("valid/loss", "held out", {"color": _ORANGE, "marker": "o", "ms": 4}),
+            ("train/loss", "training", {"color": BLUE, "alpha": 0.6, "lw": 1}),
+            ("valid/loss", "held out", {"color": ORANGE, "marker": "o", "ms": 4}),
             ("valid/unigram_loss", "unigram baseline", {"color": _GREY, "ls": "--"}),
         ):
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -130,7 +133,7 @@ def _codebook_accuracy(results: Sequence[dict[str, Any]]) -> Figure:
         place = np.arange(count)
         ours = [100 * found[f"valid/acc_q{q}"] for q in place]
         baseline = [100 * found[f"valid/unigram_acc_q{q}"] for q in place]
-        ax.bar(place - 0.2, ours, 0.4, color=_BLUE, label="masked-token accuracy")
+        ax.bar(place - 0.2, ours, 0.4, color=BLUE, label="masked-token accuracy")
         ax.bar(place + 0.2, baseline, 0.4, color=_GREY, label="unigram baseline")
         ax.set(title=f"{result['bitrate_kbps']:g} kbps", xlabel="codebook", ylabel="% right", xticks=place)
         ax.legend(frameon=False)
@@ -227,16 +230,22 @@ def _confusions(task: str, cells: dict[tuple[str, float], dict[str, Any]]) -> Fi
 
 
 def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    """Add clips: (title, log-mel spectrogram (M, F), codes_QT), each spectrogram above its tokens."""
-    figure = Figure(figsize=(4.6 * len(clips), 4.6), layout="constrained")
-    axes = figure.subplots(2, len(clips), squeeze=False, height_ratios=[3, 2])
+    """Add clips, two in a row: (title, log-mel spectrogram (M, F), codes_QT), each spectrogram above its tokens."""
+    columns, rows = min(2, len(clips)), math.ceil(len(clips) / 2)
+    figure = Figure(figsize=(5.2 * columns, 4.4 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
+    for ax in axes.flat:
+        ax.set_axis_off()
     for i, (title, spectrogram_MF, codes_QT) in enumerate(clips):
+        above, below = axes[2 * (i // columns)][i % columns], axes[2 * (i // columns) + 1][i % columns]
+        above.set_axis_on()
+        below.set_axis_on()
         seconds = codes_QT.shape[1] / FRAMES_PER_SECOND
         top_khz = SAMPLE_RATE_HZ / 2000
-        axes[0][i].imshow(spectrogram_MF, origin="lower", aspect="auto", extent=(0, seconds, 0, top_khz), cmap="magma")
-        axes[0][i].set_title(_printable(title, 48), fontsize=10, parse_math=False)
-        axes[0][i].set_yticks([0, top_khz], ["0", f"{top_khz:g} kHz (mel)"], fontsize=8)
-        axes[1][i].imshow(
+        above.imshow(spectrogram_MF, origin="lower", aspect="auto", extent=(0, seconds, 0, top_khz), cmap="magma")
+        above.set_title(_printable(title, 60), fontsize=10, parse_math=False)
+        above.set_yticks([0, top_khz], ["0", f"{top_khz:g} kHz (mel)"], fontsize=8)
+        below.imshow(
             codes_QT,
             aspect="auto",
             extent=(0, seconds, len(codes_QT) - 0.5, -0.5),
@@ -245,14 +254,13 @@ def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -
             vmin=0,
             vmax=1023,
         )
-        axes[1][i].set_xlabel("seconds")
-    axes[1][0].set_ylabel("codebook")
+        below.set(xlabel="seconds", ylabel="codebook")
     page.picture("clips", figure, "spectrograms and tokens of example clips")
 
 
 def _printable(text: str, length: int) -> str:
     """Cut a name, UTF-8 or not, to what a picture can show. It may hold `$`, so show it with parse_math off."""
-    shown = text.encode("utf-8", "backslashreplace").decode()
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
@@ -261,7 +269,7 @@ def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str,
     folder = storage.local_path(folder_url)
     if _is_newer(folder / "table1.html", folder / "table1.json"):
         return  # a finished table that was asked for again
-    page = Page("Table 1", folder, "table1.html")
+    page = Page("Table 1", folder_url, "table1.html")
     add_table(page, table, paper, {})
     page.heading("Confusion matrices")
     add_confusions(page, table)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megascale import storage
-from megascale.cluster import start_ray
+from megascale.cluster import check_stays, start_ray
 from megascale.data.index import (
     MANIFEST,
     CodecFacts,
@@ -37,10 +37,10 @@ from megascale.tokenize.plan import (
     read_plan,
 )
 from megascale.tokenize.shards import ShardPlan, read_committed
+from megascale.tokenize.summary import REPORT, summarise
 from megascale.tokenize.worker import CALLS, CodecFitter, ShardWorker
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
-REPORT = "tokenize_report.json"
 QUARANTINE = "quarantine.jsonl"
 _SETTLE_SECONDS = 10.0  # longer than from looking for a codec to having written one
 # glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
@@ -60,6 +60,7 @@ def run(config: TokenizeConfig) -> Manifest:
     """
     storage.configure(config.storage)
     url = config.output.url
+    check_stays(url, "tokenize.output.url")
     stored = read_plan(config)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = read_manifest(url)
@@ -186,25 +187,6 @@ def _finish(
     storage.publish_bytes(
         storage.join(url, QUARANTINE), "".join(item.model_dump_json() + "\n" for item in bad).encode()
     )
-    report = {
-        "clips": num_clips,
-        "hours": seconds / 3600,
-        "quarantined": len(bad),
-        "wall_seconds": wall_seconds,
-        "hours_of_audio_per_hour": seconds / max(wall_seconds, 1e-9),
-        "codec": codec.origin,
-        # of what this start encoded itself: seconds of audio per second that one worker spent in each stage
-        "real_time_factor": {
-            stage: spent["audio"] / spent[stage]
-            for stage in ("read", "decode", "resample", "encode", "write")
-            if spent.get(stage)
-        },
-    }
-    if spent.get("checked"):
-        first, every = spent["changed_q0"] / spent["checked"], spent["changed"] / spent["checked"]
-        report["codes_changed"] = {"codebook_0": first, "all": every}
-        say(f"{config.codec.precision} changes {first:.3%} of codebook 0's codes and {every:.3%} of all against fp32")
-    storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     manifest = Manifest(
         codec=CodecFacts(
             name=codec.name,
@@ -220,6 +202,11 @@ def _finish(
         num_quarantined=len(bad),
         seconds=seconds,
     )
+    report = summarise(url, manifest, bad, spent, wall_seconds)
+    if "codes_changed" in report:
+        first, every = report["codes_changed"]["codebook_0"], report["codes_changed"]["all"]
+        say(f"{config.codec.precision} changes {first:.3%} of codebook 0's codes and {every:.3%} of all against fp32")
+    storage.publish_bytes(storage.join(url, REPORT), json.dumps(report, indent=2).encode())
     storage.publish_bytes(storage.join(url, MANIFEST), manifest.model_dump_json(indent=1).encode())
     say(
         f"{num_clips} clips, {duration(seconds)} of audio, {len(bad)} quarantined -> {url} ({codec.name}); "

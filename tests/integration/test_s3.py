@@ -47,6 +47,7 @@ def test_a_bucket_gives_the_shards_of_a_local_disk(server, local):
     for secret in (KEYS["AWS_SECRET_ACCESS_KEY"], KEYS["AWS_ACCESS_KEY_ID"]):
         assert secret not in printed
         assert not any(secret.encode() in fs.cat_file(name) for name in fs.find("bucket/out"))
+    assert b"</html>" in fs.cat_file("bucket/out/report.html")
     assert "already done" in run(line)
 
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,6 +35,10 @@ def same_codec(folder: Path) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("tokens-*"))}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tokenize_report.json").read_text())
 
 
 def state(folder: Path) -> dict[str, tuple[int, str]]:
@@ -62,7 +67,8 @@ def tokens(audio, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("tokens") / "out"
     printed = run(tokenize(audio, output, "workers.count=2", "shards.clips=8"))
     assert "41 clips" in printed and "3 quarantined" in printed
-    assert "next: python launch/pretrain.py" in printed.splitlines()[-1]
+    *_, last, page = printed.splitlines()
+    assert "next: python launch/pretrain.py" in last and page == f"report: {output / 'report.html'}"
     return output
 
 
@@ -78,8 +84,12 @@ def test_every_clip_is_either_stored_once_or_quarantined_with_its_reason(tokens)
     assert "empty" in reasons["nothing.wav"]
     assert "not an audio file" in reasons["notes.wav"]
     assert all(item["attempts"] >= 1 for item in bad)
-    report = json.loads((tokens / "tokenize_report.json").read_text())
+    report = report_of(tokens)
     assert (report["clips"], report["quarantined"]) == (41, 3)
+    assert report["quarantined_because"]["an empty file"] == 1
+    assert report["codebooks"]["clips"] == 41
+    assert all(0 < share <= 1 for share in report["codebooks"]["usage"])
+    assert report["real_time_factor"].keys() == {"read", "decode", "resample", "encode", "write"}
 
 
 def test_streams_of_the_same_codec_pass_through_with_every_byte(audio, tokens, tmp_path):
@@ -117,9 +127,12 @@ def test_finished_job_rewrites_nothing(audio, tokens):
     assert state(tokens) == before
 
 
-def test_too_many_quarantined_clips_end_with_3(audio, tokens):
-    printed = run(tokenize(audio, tokens, "shards.clips=8", "quarantine.max_share=0.01"), exit_code=3)
+def test_too_many_quarantined_clips_end_with_3_and_a_page_that_tells_why(audio, tokens, tmp_path):
+    out = Path(shutil.copytree(tokens, tmp_path / "out"))
+    (out / "report.html").unlink()
+    printed = run(tokenize(audio, out, "shards.clips=8", "quarantine.max_share=0.01"), exit_code=3)
     assert "quarantine.jsonl: 3 of 44 clips quarantined" in printed
+    assert "an empty file" in (out / "report.html").read_text()
 
 
 def test_folder_of_another_job_is_refused_and_left_alone(audio, tokens):
@@ -145,6 +158,7 @@ def test_job_killed_at_any_moment_goes_on_to_the_same_bytes(audio, tokens, tmp_p
     assert driver.wait(timeout=200) == 0
     assert "worker died" in driver.stderr.read()
     assert hashes(tmp_path / "out") == hashes(tokens)
+    assert report_of(tmp_path / "out")["codebooks"] == report_of(tokens)["codebooks"]
 
 
 def worker_of(driver) -> psutil.Process | None:

@@ -26,13 +26,13 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9.wav")
 class Reader(HTMLParser):
     """What a browser would make of the page."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.rows: list[list[str]] = []
         self.cell: str | None = None
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(Path(path).read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -95,7 +95,7 @@ def pretrained(folder: Path, losses: list[float], num_codebooks: int = 2, valida
 
 
 def full_page(folder: Path, name: str = NASTY) -> Reader:
-    page = report.Page(name, folder)
+    page = report.Page(name, str(folder))
     page.heading(name)
     page.text(name, note=True)
     page.table(["a", "b"], [[name, "1"]])
@@ -151,7 +151,7 @@ def test_pictures_lie_beside_the_page_and_are_those_in_it(folder):
 
 
 def test_table_has_a_row_per_arm_and_baseline_with_ours_beside_the_papers(tmp_path):
-    page = report.Page("Table", tmp_path)
+    page = report.Page("Table", str(tmp_path))
     baseline = {"accuracy": 0.5, "macro_f1": 0.25, "count": 4}
     report.add_table(page, table(), PAPER, {"gtzan": {"log-mel": baseline}, "nsynth": {"log-mel": baseline}})
     header, *rows = Reader(page.write()).rows
@@ -168,7 +168,7 @@ def test_table_has_a_row_per_arm_and_baseline_with_ours_beside_the_papers(tmp_pa
 
 
 def test_table_without_the_papers_figures_has_no_column_for_them(tmp_path):
-    page = report.Page("Table", tmp_path)
+    page = report.Page("Table", str(tmp_path))
     report.add_table(page, table(("folders",)), {}, {})
     header, *rows = Reader(page.write()).rows
     assert "paper" not in " ".join(header)
@@ -181,7 +181,7 @@ def test_table1_report_is_table1_html(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_shown_and_break_nothing(tmp_path):
-    page = report.Page("Table", tmp_path)
+    page = report.Page("Table", str(tmp_path))
     report.add_table(page, table(accuracy=math.nan), PAPER, {})
     report.add_confusions(page, {"cells": table(accuracy=math.nan)["cells"][:1]})
     result = pretrained(tmp_path / "run", [6.0, math.nan, math.inf, math.nan])
@@ -195,7 +195,7 @@ def test_class_without_a_test_clip_breaks_no_confusion_picture(tmp_path):
     cell = table()["cells"][0] | {"confusion": [[3, 1, 0], [0, 0, 0], [0, 2, 2]], "classes": ["a", "absent", "c"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.add_confusions(report.Page("x", tmp_path), {"cells": [cell]})
+        report.add_confusions(report.Page("x", str(tmp_path)), {"cells": [cell]})
 
 
 def test_confusion_picture_has_a_matrix_per_arm_and_bitrate_with_shares_of_the_truth():

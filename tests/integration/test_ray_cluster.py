@@ -1,0 +1,248 @@
+"""The one script on a real Ray cluster of two nodes on this machine: `ray job submit`, `ray submit`, `ray job stop`.
+
+The nodes' Python has every dependency and no megascale, as on a cluster where nobody installed it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ENVIRONMENT, ROOT, run
+from ray.autoscaler._private.util import prepare_config, validate_config
+from support import write_tones
+from test_tokenize import SMOKE, hashes, same_codec, tokenize
+
+_LAST = "next: python launch/pretrain.py CONFIG data.url="
+_COPIES = "ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"  # of the working directory, on a node
+
+
+@dataclass(frozen=True)
+class Cluster:
+    checkout: Path  # what jobs are submitted from
+    python: Path  # of the nodes
+    environment: dict[str, str]  # what a shell on a node, or a user's, holds
+    nodes: list[subprocess.Popen]
+
+    def ray(self, *arguments: str, exit_code: int = 0, **variables: str) -> str:
+        """Run the `ray` command in the checkout; return what it printed, or its output if that is JSON."""
+        line = [str(Path(sys.executable).with_name("ray")), *arguments]
+        shell = {**self.environment, **variables}
+        done = subprocess.run(
+            line, cwd=self.checkout, env=shell, capture_output=True, text=True, timeout=240, check=False
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == exit_code, f"exit code {done.returncode}, expected {exit_code}:\n{printed[-3000:]}"
+        return done.stdout if "--format=json" in arguments else printed
+
+    def submit(self, job: str, *arguments: str, wait: bool = True, exit_code: int = 0) -> str:
+        """Submit the script as the README says; return the job's log."""
+        line = ["job", "submit", "--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", ".", "--"]
+        return self.ray(*line, "python", "launch/tokenize_audio.py", *arguments, exit_code=exit_code)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every process of the nodes that still run."""
+        alive = [psutil.Process(node.pid) for node in self.nodes if node.poll() is None]
+        return [child for process in alive for child in process.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Ray's sockets lie under this folder, and a socket's path has 107 characters at most
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    python = node_python(folder / "env")
+    (folder / "token").write_text(secrets.token_hex(32))
+    environment = {
+        **{name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")},
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_TMPDIR": str(folder),  # where a bare ray.init() looks for the cluster that runs on this machine
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+    }
+    port, dashboard, client = free_ports(3)
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    made = Cluster(copy_checkout(folder / "checkout"), python, environment, [])
+    try:
+        made.nodes.append(start_node(python, folder, environment, *head))
+        wait_for_port(dashboard, made.nodes[0], folder / "nodes.log")
+        made.nodes.append(start_node(python, folder, environment, f"--address=127.0.0.1:{port}"))
+        yield made
+    finally:
+        stop(made)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def node_python(folder: Path) -> Path:
+    """Make an environment with this one's dependencies and without megascale, whose own `.pth` file is not read there."""
+    venv.create(folder, symlinks=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "dependencies.pth").write_text(here + "\n")
+    python = folder / "bin" / "python"
+    asked = "import ray, importlib.util as u; raise SystemExit(u.find_spec('megascale') is not None)"
+    assert subprocess.run([python, "-c", asked], cwd=folder, check=False).returncode == 0
+    return python
+
+
+def start_node(python: Path, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
+    agents = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    ports = [f"--{name}-port={port}" for name, port in zip(agents, free_ports(4), strict=True)]
+    common = ["--num-cpus=1", "--object-store-memory=100000000", "--block", f"--temp-dir={folder}/ray"]
+    line = [str(python), "-m", "ray.scripts.scripts", "start", *arguments, *common, *ports]
+    with (folder / "nodes.log").open("a") as log:
+        return subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def wait_for_port(port: int, node: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        assert node.poll() is None, f"the head did not start:\n{log.read_text()[-3000:]}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the dashboard never came up")
+
+
+def stop(cluster: Cluster) -> None:
+    """End the nodes' processes and nothing else: `ray stop` would end every Ray on the machine."""
+    processes = cluster.processes()
+    for node in reversed(cluster.nodes):
+        node.terminate()
+    for node in cluster.nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy what a job needs of the checkout, and put beside it what must not travel."""
+    for name in ("launch", "megascale", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("runs/small/tokens-000000.tar", ".venv/bin/python", ".git/HEAD"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"large")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> tuple[Path, Path]:
+    """The audio, and the run without a cluster that the others are held against."""
+    folder = tmp_path_factory.mktemp("local")
+    write_tones(folder / "audio", 24)
+    run(tokenize(folder / "audio", folder / "out", "shards.clips=4"))
+    return folder / "audio", folder / "out"
+
+
+def arguments(local: tuple[Path, Path], output: Path) -> list[str]:
+    audio, reference = local
+    return [f"source.url={audio}", f"output.url={output}", "shards.clips=4", same_codec(reference)]
+
+
+def test_submitted_job_spreads_over_the_nodes_and_makes_the_shards_of_a_local_run(cluster, local, tmp_path):
+    line = [SMOKE, *arguments(local, tmp_path / "out")]
+    printed = cluster.submit("first", *line)
+    assert "24 clips in 6 shards with 2 workers" in printed
+    assert "Job 'first' succeeded" in printed
+    assert f"{_LAST}{tmp_path / 'out'}\n" in printed
+    assert hashes(tmp_path / "out") == hashes(local[1])
+    actors = json.loads(cluster.ray("list", "actors", "--detail", "--format=json", "--filter=class_name=ShardWorker"))
+    assert len({actor["node_id"] for actor in actors}) == 2
+    assert "already done: 24 clips in 6 shards" in cluster.submit("again", *line)
+    names = {path.name for path in next(cluster.checkout.parent.glob(_COPIES)).iterdir()}
+    assert {"megascale", "launch", "configs"} <= names and not names & {"runs", ".venv", ".git"}
+
+
+def test_bad_input_fails_the_job_with_its_one_line(cluster, local, tmp_path):
+    """The working directory is Ray's copy here, so a relative output would be lost with it."""
+    line = [SMOKE, *arguments(local, tmp_path / "out"), "output.url=runs/out"]
+    printed = cluster.submit("bad", *line, exit_code=1)
+    assert "\nConfigError: tokenize.output.url=runs/out: lies in Ray's copy of the working directory" in printed
+    assert "Traceback" not in printed
+    assert "failed with exit code 2" in cluster.ray("job", "status", "bad")
+
+
+def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_path):
+    line = [SMOKE, *arguments(local, tmp_path / "out")]
+    cluster.submit("stopped", *line, wait=False)
+    wait_until(lambda: list((tmp_path / "out").glob("tokens-*.json")))
+    workers = [p for p in cluster.processes() if "ShardWorker" in "".join(p.cmdline())]
+    assert ["glibc.malloc" in worker.environ().get("GLIBC_TUNABLES", "") for worker in workers] == [True, True]
+    cluster.ray("job", "stop", "stopped")
+    assert "Job 'stopped' was stopped" in cluster.ray("job", "status", "stopped")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    cluster.submit("continued", *line)
+    assert hashes(tmp_path / "out") == hashes(local[1])
+
+
+def wait_until(ready: Callable[[], object]) -> None:
+    for _ in range(2400):
+        if ready():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+def test_ray_submit_installs_the_package_and_makes_the_shards_of_a_local_run(cluster, local, tmp_path):
+    """The launcher's own commands and ours, on a head that is this machine: see this_machine.py for what is not shown."""
+    cloud = prepare_config(yaml.safe_load((ROOT / "launch" / "ray_cluster.yaml").read_text()))
+    cloud["provider"] = {"type": "external", "module": "this_machine.ThisMachine"}
+    cloud["docker"] = {}
+    cloud["file_mounts"] = {name.replace("/home/ray", "~"): here for name, here in cloud["file_mounts"].items()}
+    # the head runs already, and the launcher's own lines begin with `ray stop`
+    cloud["head_start_ray_commands"] = cloud["worker_start_ray_commands"] = []
+    (tmp_path / "cloud.yaml").write_text(yaml.safe_dump(cloud))
+    home = tmp_path / "home"
+    home.mkdir()
+    shell = {
+        "HOME": str(home),
+        "PYTHONPATH": str(Path(__file__).parent),
+        "TMPDIR": str(tmp_path),  # of the launcher's cache
+        "PIP_NO_INDEX": "1",  # every dependency is there
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }
+    config = str(tmp_path / "cloud.yaml")
+    cluster.ray("up", "--yes", config, **shell)
+    line = ["checkout/configs/tokenize/smoke.yaml", *arguments(local, tmp_path / "out")]
+    printed = cluster.ray("submit", config, "launch/tokenize_audio.py", *line, **shell)
+    assert "24 clips in 6 shards with 2 workers" in printed
+    assert f"{_LAST}{tmp_path / 'out'}\n" in printed
+    assert hashes(tmp_path / "out") == hashes(local[1])
+
+
+def test_cluster_file_holds_what_rays_launcher_accepts():
+    cloud = yaml.safe_load((ROOT / "launch" / "ray_cluster.yaml").read_text())
+    validate_config(prepare_config(cloud))
+    assert all((ROOT / here).exists() for here in cloud["file_mounts"].values())
+    assert (
+        f"ray=={cloud['docker']['image'].split(':')[1].split('-')[0]}" in (ROOT / "constraints.txt").read_text().split()
+    )
