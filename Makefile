@@ -12,7 +12,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all chaos check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ test-all: $(INSTALLED) ## every test
 
 chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints what was lost, repeated or changed (25 minutes)
 	$(PY) tests/integration/chaos.py $(ARGS)
+
+bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (5 minutes)
+	$(PY) launch/bench.py tokenize $(ARGS)
 
 check: $(INSTALLED) ## ruff, mypy, unit tests
 	$(PY) -m ruff check .
