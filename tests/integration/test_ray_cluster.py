@@ -18,6 +18,7 @@ import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -192,11 +193,12 @@ def test_bad_input_fails_the_job_with_its_one_line(cluster, local, tmp_path):
 
 
 def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_path):
-    line = [SMOKE, *arguments(local, tmp_path / "out")]
+    line = [SMOKE, *arguments(local, tmp_path / "out"), "workers.count=1"]
     cluster.submit("stopped", *line, wait=False)
+    worker = wait_until(lambda: next((p for p in cluster.processes() if is_worker(p)), None))
+    assert "glibc.malloc" in worker.environ().get("GLIBC_TUNABLES", "")
     wait_until(lambda: list((tmp_path / "out").glob("tokens-*.json")))
-    workers = [p for p in cluster.processes() if "ShardWorker" in "".join(p.cmdline())]
-    assert workers and all("glibc.malloc" in worker.environ().get("GLIBC_TUNABLES", "") for worker in workers)
+    worker.suspend()  # so that the job cannot end before it is stopped
     cluster.ray("job", "stop", "stopped")
     assert "Job 'stopped' was stopped" in cluster.ray("job", "status", "stopped")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -204,11 +206,17 @@ def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_p
     assert hashes(tmp_path / "out") == hashes(local[1])
 
 
-def wait_until(ready: Callable[[], object]) -> None:
-    for _ in range(2400):
-        if ready():
-            return
-        time.sleep(0.05)
+def is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "ShardWorker" in "".join(process.cmdline())
+    return False
+
+
+def wait_until(ready: Callable[[], Any]) -> Any:
+    for _ in range(6000):
+        if found := ready():
+            return found
+        time.sleep(0.02)
     raise AssertionError("it never came")
 
 
