@@ -34,12 +34,12 @@ def finished(folder: Path, clip_seconds: str = "1") -> TokenizeConfig:
         "output.url": folder / "out",
     }
     config = load_config(TokenizeConfig, "tokenize", None, [f"{key}={value}" for key, value in values.items()])
-    plan = publish_plan(config, make_plan(config))
+    plan, codec = make_plan(config), load_codec(config.codec.weights)
+    publish_plan(config, plan)
     worker = ShardWorker(config, config.codec.weights)
     spent = [worker.encode(shard, []) for shard in plan.shards]
-    indexes = [read_committed(config.output.url, shard) for shard in plan.shards]
-    assert None not in indexes
-    job._finish(config, load_codec(config.codec.weights), plan, indexes, spent[0], 10.0)
+    indexes = [read_committed(config.output.url, shard, codec.fingerprint) for shard in plan.shards]
+    job._finish(config, codec, plan, indexes, spent[0], 10.0)
     return config
 
 
@@ -96,6 +96,15 @@ def test_examples_are_of_different_recordings_with_a_frame_of_spectrogram_for_ea
             name = title.removesuffix(", at 0 s")
             source = next(source for source in stored if source.endswith(name))
             assert np.array_equal(codes_QT, stored[source].codes_QT)
+
+
+def test_one_recording_is_shown_once(fitted_codec, tmp_path):
+    write_tones(tmp_path / "audio", 1, seconds=6)
+    storage.publish_bytes(str(tmp_path / "codec.safetensors"), fitted_codec.to_bytes())
+    config = finished(tmp_path)
+    manifest = read_manifest(config.output.url)
+    assert manifest.num_clips == 6
+    assert len(list(tokenize_report._examples(config, manifest))) == 1
 
 
 def test_no_more_of_a_long_clip_is_read_than_is_shown(fitted_codec, tmp_path):
