@@ -108,7 +108,7 @@ def read_ecdc_header(data: bytes, where: str) -> tuple[EcdcHeader, int]:
         raise TokenError(f"{where}: entropy-coded by EnCodec's language model (lm: true); write it with use_lm=False")
     if header.model_name.split("+")[0] != PUBLISHED_NAME:
         raise TokenError(f"{where}: codec {header.model_name!r}; only {PUBLISHED_NAME} streams are read")
-    if not 1 <= header.audio_samples < 1 << 48 or not 1 <= header.num_codebooks <= 32:
+    if not 1 <= header.audio_samples < 1 << 63 or not 1 <= header.num_codebooks <= 32:
         raise TokenError(
             f"{where}: impossible header: {header.audio_samples} samples, {header.num_codebooks} codebooks"
         )

@@ -26,7 +26,8 @@ def peak_mb():
 url, step = sys.argv[1], int(sys.argv[2])
 first, clips = peak_mb(), int(probe_seconds(url) // 10)
 for i in range(0, clips, step):
-    assert len(read_clip(url, 10.0 * i, 10.0)) == 240_000
+    # webm counts the encoder's delay in its length, so that the last clip is shorter by 6 ms
+    assert 0 <= 240_000 - len(read_clip(url, 10.0 * i, 10.0)) <= (200 if i == clips - 1 else 0), i
 print(clips, peak_mb() - first)
 """
 
