@@ -43,9 +43,6 @@ from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
 QUARANTINE = "quarantine.jsonl"
 _SETTLE_SECONDS = 10.0  # longer than from looking for a codec to having written one
-# glibc gives large blocks back to the kernel after every convolution: half of the encoder's time would be page faults
-_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-_TUNED = {"env_vars": {"GLIBC_TUNABLES": _MALLOC}}
 
 
 def run(config: TokenizeConfig) -> Manifest:
@@ -99,7 +96,7 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
     with StopSignal() as stop:
         ray = start_ray()
         lives = {"max_restarts": 2, "max_task_retries": 2}
-        fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, runtime_env=_TUNED, **lives).remote()
+        fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, **lives).remote()
         fitted = fitter.fit.remote(config, plan)
         progress = Progress("fitting the codec", 0, unit="steps")
         try:
@@ -147,12 +144,12 @@ def _encode_shards(
         resource = "GPU" if config.workers.gpus_each > 0 else "CPU"
         each = config.workers.gpus_each if resource == "GPU" else 1
         available = int(ray.cluster_resources().get(resource, 0) / each)
-        if available < 1:
+        if config.workers.count is None and available < 1:
             raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
         count = min(config.workers.count or available, len(missing))
-        actor = ray.remote(ShardWorker).options(
-            num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS, runtime_env=_TUNED
-        )
+        if available < count:
+            say(f"the Ray cluster has room for {available} of {count} workers; the others start when there is more")
+        actor = ray.remote(ShardWorker).options(num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS)
         say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
         return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
 

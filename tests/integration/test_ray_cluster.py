@@ -196,7 +196,6 @@ def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_p
     line = [SMOKE, *arguments(local, tmp_path / "out"), "workers.count=1"]
     cluster.submit("stopped", *line, wait=False)
     worker = wait_until(lambda: next((p for p in cluster.processes() if is_worker(p)), None))
-    assert "glibc.malloc" in worker.environ().get("GLIBC_TUNABLES", "")
     wait_until(lambda: list((tmp_path / "out").glob("tokens-*.json")))
     worker.suspend()  # so that the job cannot end before it is stopped
     cluster.ray("job", "stop", "stopped")
