@@ -19,6 +19,10 @@ class CredentialsError(StorageError):
     """A store does not take the credentials, whatever is asked of it."""
 
 
+class StoreUnavailable(StorageError):
+    """A store that did not answer as it should, however often it was asked: what it holds is not known."""
+
+
 class AudioError(MegascaleError):
     """A recording that cannot become a clip; tokenization quarantines it and goes on."""
 

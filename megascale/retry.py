@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import sync
 
-from megascale.errors import CredentialsError, StorageError
+from megascale.errors import CredentialsError, MegascaleError, StorageError, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -43,7 +43,8 @@ def call_store(url: str, fs: fsspec.AbstractFileSystem, path: str, call: Callabl
 
     Raises:
         CredentialsError: the store does not take the credentials, or there are none, and the chain gives no others.
-        StorageError: missing, refused, or the fault did not pass.
+        StoreUnavailable: the fault did not pass.
+        StorageError: missing, or refused.
         FileExistsError: as `call` raised it.
     """
     if "s3" in fs.protocol:
@@ -51,7 +52,7 @@ def call_store(url: str, fs: fsspec.AbstractFileSystem, path: str, call: Callabl
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return call()
-        except FileExistsError:
+        except (FileExistsError, MegascaleError):  # the second: Stopped, which a signal's handler raises anywhere
             raise
         except FileNotFoundError:
             raise StorageError(f"{url}: no such file") from None
@@ -68,7 +69,8 @@ def call_store(url: str, fs: fsspec.AbstractFileSystem, path: str, call: Callabl
                 raise CredentialsError(f"{url}: {failure}") from None
             elif last or not _may_pass(failure):
                 refused = "permission denied: " if isinstance(failure, PermissionError) else ""
-                raise StorageError(f"{url}: {refused}{getattr(failure, 'strerror', None) or failure}") from None
+                kind = StoreUnavailable if _may_pass(failure) else StorageError
+                raise kind(f"{url}: {refused}{getattr(failure, 'strerror', None) or failure}") from None
         # jitter, so that many workers do not come back at the same moment
         time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
     raise AssertionError("the loop returns or raises")

@@ -162,6 +162,8 @@ def list_files(url: str) -> tuple[str, list[str]]:
         StorageError: nothing is there.
     """
     root, pattern = _split_glob(url)
+    # `**.flac` is meant to cross folders too, and globs alone take it for `*.flac`
+    pattern = re.sub(r"(^|/)\*\*(?=[^/*])", r"\1**/*", pattern)
     names = _list_local(root, pattern) if is_local(url) else _list_remote(root, pattern)
     if not names:
         reason = "nothing matches" if pattern else "no such folder or prefix, or it is empty"

@@ -26,12 +26,13 @@ from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, KBPS_PER_CODEBOOK
 _EXAMPLES, _TRIES = 4, 12  # clips shown, and clips whose audio is asked for
 _EXAMPLE_SECONDS = 10.0
 _EXAMPLE_CODEBOOKS = 8
+_READING = ["read", "decode", "resample"]
+_MOST_IDLE = 0.1  # share of the time that an encoder waits which is nobody's fault
 _HINTS = {
     "read": ("reading the audio", "Workers nearer to the store, or more of them, would help."),
     "decode": ("decoding", "More workers would help, and so would audio in a format that decodes faster."),
     "resample": ("resampling", "More workers would help; audio stored at 24 kHz needs none of it."),
     "encode": ("the encoder", "More workers would help, and so would GPUs (workers.gpus_each)."),
-    "write": ("writing the shards", "A store nearer to the workers would help."),
 }
 
 
@@ -81,38 +82,43 @@ def _add_contents(page: report.Page, found: dict[str, Any], manifest: Manifest) 
 def _add_speed(page: report.Page, found: dict[str, Any]) -> None:
     factors = found["real_time_factor"]
     took = duration(found["wall_seconds"])
-    if not factors:
-        page.text(f"Every shard was there already; finishing took {took}.")
+    if "encode" not in factors:
+        page.text(f"Nothing was left to encode; finishing took {took}.")
         return
     page.text(
         f"{found['hours_of_audio_per_hour']:,.1f} hours of audio an hour: the last start encoded "
         f"{found['encoded_hours']:,.2f} hours in {took}, planning and fitting of a codec included."
     )
-    page.text(bottleneck(factors))
-    page.picture("stages", _stages(factors), "real-time factor of each stage")
+    slowest, words = bottleneck(factors, found["encoder_idle"])
+    page.text(words)
+    page.picture("stages", _stages(factors, slowest), "real-time factor of each stage")
 
 
-def bottleneck(factors: dict[str, float]) -> str:
-    """Name the slowest stage in words, given the real-time factor of each."""
-    slowest = min(factors, key=lambda stage: factors[stage])
-    share = (1 / factors[slowest]) / sum(1 / factor for factor in factors.values())
+def bottleneck(factors: dict[str, float], encoder_idle: float) -> tuple[str, str]:
+    """Return the bottleneck, and a sentence that names it, given the real-time factor of each stage and the share of its
+    time that the encoder waited.
+
+    It is the encoder unless that waits; the readers work side by side, so their times alone don't tell.
+    """
+    reading = {stage: factors[stage] for stage in _READING if stage in factors}
+    waits = reading and encoder_idle > _MOST_IDLE
+    slowest = min(reading, key=lambda stage: reading[stage]) if waits else "encode"
     what, hint = _HINTS[slowest]
-    return (
-        f"The bottleneck is {what}: {factors[slowest]:,.1f} times real time in one worker, {share:.0%} of the time that "
-        f"workers spent in all stages. {hint}"
+    return slowest, (
+        f"The bottleneck is {what}, {factors[slowest]:,.1f} times real time in one worker: its encoder waited for clips "
+        f"{encoder_idle:.0%} of the time. {hint}"
     )
 
 
-def _stages(factors: dict[str, float]) -> Figure:
+def _stages(factors: dict[str, float], bottleneck: str) -> Figure:
     figure = Figure(figsize=(7.5, 2.6))
     ax = figure.subplots()
-    slowest = min(factors.values())
-    colors = [report.ORANGE if factor == slowest else report.BLUE for factor in factors.values()]
+    colors = [report.ORANGE if stage == bottleneck else report.BLUE for stage in factors]
     bars = ax.barh(list(factors), list(factors.values()), color=colors)
     ax.bar_label(bars, [f"{factor:,.1f}x" for factor in factors.values()], padding=4)
     ax.set(xscale="log", xlabel="times real time, in one worker (log scale; orange: the bottleneck)")
     ax.xaxis.set_major_formatter("{x:g}x")
-    ax.set_xlim(min(1.0, slowest / 2), 4 * max(factors.values()))
+    ax.set_xlim(min(1.0, min(factors.values()) / 2), 4 * max(factors.values()))
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     return figure

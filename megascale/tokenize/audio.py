@@ -114,9 +114,9 @@ def _blocks(sound: soundfile.SoundFile, url: str, first: int, wanted: int) -> It
 
 
 class _Watched:
-    """A file that keeps its first read error, and how long its reads took.
+    """A file that keeps its first read error and ends there, and how long its reads took.
 
-    libsndfile swallows what its callbacks raise and takes the file for a shorter one.
+    Raising would help nobody: libsndfile swallows what its callbacks raise, and takes the file for a shorter one.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -127,10 +127,10 @@ class _Watched:
     def read(self, size: int = -1) -> bytes:
         started = time.perf_counter()
         try:
-            return self._file.read(size)
+            return b"" if self.failure else self._file.read(size)
         except (OSError, StorageError) as failure:
-            self.failure = self.failure or failure
-            raise
+            self.failure = failure
+            return b""
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -146,17 +146,23 @@ class _Watched:
 
 @contextmanager
 def _watched(url: str) -> Iterator[_Watched]:
-    """Open a file; what looks like a broken one because its connection broke becomes a StorageError."""
+    """Open a file. A read that failed is a StorageError, whatever the decoder made of it: a broken file, or a shorter
+    one, or other samples."""
     with storage.open_read(url) as handle:
         file = _Watched(handle)
         try:
             yield file
         except AudioError:
-            if isinstance(file.failure, StorageError):
-                raise file.failure from None
-            if file.failure is not None:
-                raise StorageError(f"{url}: {file.failure}") from None
+            _raise_read_error(file, url)
             raise
+        _raise_read_error(file, url)
+
+
+def _raise_read_error(file: _Watched, url: str) -> None:
+    if isinstance(file.failure, StorageError):
+        raise file.failure from None
+    if file.failure is not None:
+        raise StorageError(f"{url}: {file.failure}") from None
 
 
 def _stretch(

@@ -1,13 +1,14 @@
 """Keeping the workers busy: shards are handed out, dead workers replaced, and the clip found that kills them.
 
-A worker may die of what it reads, or of something else: memory, a lost machine, a signal. So a death counts against a
-shard only if the worker was up and had the shard in hand, and a clip is left out only if workers died each time they had
-that clip alone.
+A worker may die of what it reads, or of something else: memory, a lost machine, a signal. So a shard whose worker died is
+next given to a worker that has no other; only a death there counts against it, and a clip is left out only if workers died
+each time they had that clip alone.
 """
 
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megascale.data.index import Quarantined
@@ -30,7 +31,6 @@ class _Crew:
         self._failed_starts, self._most_failed_starts = 0, attempts * max(count, _LEAST_STARTS)
         self.actors: list[Any] = [None] * count
         self.starting: dict[Any, int] = {}  # the place of each worker that is not up yet, by its call of `ready`
-        self.called_off: set[Any] = set()
         for place in range(count):
             self.start(place)
 
@@ -73,26 +73,47 @@ class _Crew:
             self._ray.kill(actor)
 
 
+@dataclass
+class _Task:
+    """A shard in the hands of a worker, and whether that worker has had another beside it."""
+
+    place: int
+    actor: Any
+    shard: ShardPlan
+    shared: bool
+
+
 class _Hands:
     """Which shards are in whose hands: a worker has up to `CALLS`, and a second one only if none waits for a first."""
 
     def __init__(self, crew: _Crew) -> None:
         self._crew = crew
-        self.running: dict[Any, tuple[int, Any, ShardPlan]] = {}
+        self.running: dict[Any, _Task] = {}
+        self.suspects: set[int] = set()  # numbers of shards that a worker died with
 
     def give(self, waiting: deque[ShardPlan], killers: dict[int, list[Quarantined]]) -> None:
         """Give waiting shards to workers that are up."""
         starting = set(self._crew.starting.values())
-        held = {place: 0 for place in range(len(self._crew.actors))}
-        for place, actor, _ in self.running.values():
-            held[place] += actor is self._crew.actors[place]
-        while waiting and (up := [place for place in held if place not in starting and held[place] < CALLS]):
-            place = min(up, key=lambda place: held[place])
-            if held[place] and len(waiting) <= sum(n == 0 for n in held.values()):
+        held: dict[int, list[_Task]] = {place: [] for place in range(len(self._crew.actors))}
+        for task in self.running.values():
+            if task.actor is self._crew.actors[task.place]:
+                held[task.place].append(task)
+        while waiting:
+            suspect = waiting[0].number in self.suspects
+            up = [place for place in held if place not in starting and self._has_room(held[place], suspect)]
+            if not up:
                 break
-            actor, shard = self._crew.actors[place], waiting.popleft()
-            held[place] += 1
-            self.running[actor.encode.remote(shard, killers.get(shard.number, []))] = (place, actor, shard)
+            place = min(up, key=lambda place: len(held[place]))
+            if held[place] and len(waiting) <= sum(not tasks for tasks in held.values()):
+                break
+            task = _Task(place, self._crew.actors[place], waiting.popleft(), shared=bool(held[place]))
+            for other in held[place]:
+                other.shared = True
+            held[place].append(task)
+            self.running[task.actor.encode.remote(task.shard, killers.get(task.shard.number, []))] = task
+
+    def _has_room(self, held: list[_Task], suspect: bool) -> bool:
+        return len(held) < (1 if suspect or any(task.shard.number in self.suspects for task in held) else CALLS)
 
 
 def drive(
@@ -134,17 +155,20 @@ def drive(
                 crew.started(result)
             if result not in hands.running:
                 continue
-            place, actor, shard = hands.running.pop(result)
+            task = hands.running.pop(result)
+            place, shard = task.place, task.shard
             try:
                 for name, value in ray.get(result).items():
                     spent[name] += value
                 done += len(shard.clips)
+                hands.suspects.discard(shard.number)
             except ray.exceptions.RayTaskError as failure:
                 raise users_mistake(failure) from None
             except ray.exceptions.RayError as failure:
                 say(f"{shard.name}: its worker died; trying again")
-                deaths[shard.number] += actor not in crew.called_off
-                if actor is crew.actors[place]:  # its other call ends here too
+                hands.suspects.add(shard.number)
+                deaths[shard.number] += not task.shared
+                if task.actor is crew.actors[place]:  # its other call ends here too
                     crew.start(place)
                 if deaths[shard.number] >= config.workers.attempts:
                     if shard.number in killers:
@@ -164,11 +188,9 @@ def drive(
 def _find_killers(
     ray: Any, stop: StopSignal, config: TokenizeConfig, crew: _Crew, place: int, shard: ShardPlan
 ) -> list[Quarantined]:
-    """Give each clip of a shard to a worker alone; return those that no worker lives through."""
+    """Give each clip of a shard to a new worker, alone; return those that no worker lives through."""
     say(f"{shard.name}: looking for the clip that its workers die of")
-    # the place of one of the crew, because a cluster may have no room for another
-    crew.called_off.add(crew.actors[place])
-    crew.start(place)
+    # the place of one of the crew, because a cluster may have no room for another; who had it alone is dead
     attempts, found = config.workers.attempts, []
     for clip in shard.clips:
         deaths, lived = 0, False

@@ -4,8 +4,9 @@ On a CPU it is the arithmetic of `encodec` 0.1.1 in an order that suits caches. 
 clip before the next: 30 MB of activations come from memory and go back at every layer, and half of the time goes there.
 Here the convolutions, which are all causal, run over a second at a time, each keeping the few columns that its next
 tile needs; activations lie time-first, so that no library reorders them; weight norm is folded away. Only the LSTM,
-whose weights are large, takes several clips at once. Memory does not grow with a clip's length, and a clip's codes
-don't depend on the clips beside it.
+whose weights are large, takes several clips at once, always as many rows, so that a clip's codes don't depend on the
+clips beside it (tested; it rests on the machine's product of matrices treating rows alike). Memory does not grow with a
+clip's length.
 
 Legend: S samples, T frames (or what stands for them inside: columns), C channels, R rows of the LSTM, D = 128 latent
 width, Q codebooks.
@@ -25,13 +26,14 @@ _TILE = 75 * SAMPLES_PER_FRAME  # samples: what a second makes of the widest lay
 _TILES_PER_SEGMENT = 10  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
 _ROWS = 4  # always so many, because a product of fewer rows is slower and rounds otherwise
 
+_MOST_SAMPLES = 640 * 75 * SAMPLES_PER_FRAME  # at once on a GPU, whose first layer makes 128 bytes of each
 _MOST_CHANGED = 0.005  # share of codebook 0's codes that a lower precision may change
 
 Memory = dict["_Conv", torch.Tensor]  # of one clip: the last columns that each convolution has seen
 
 
 class TiledEncoder:
-    """A frozen copy of an `encodec.EncodecModel`'s encoder and quantizer."""
+    """Encodes with the weights of an `encodec.EncodecModel`, which are not to change or move afterwards."""
 
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
@@ -90,6 +92,7 @@ class BatchedEncoder:
     """`encodec`'s own encoder and quantizer over clips of equal length at once, never padded: what a GPU wants."""
 
     def __init__(self, model: Any, device: str, precision: str) -> None:
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and not what fp32 says
         self._model = model.to(device)
         self._device, self._precision = device, precision
 
@@ -108,7 +111,7 @@ class BatchedEncoder:
         if first > _MOST_CHANGED:
             raise ConfigError(
                 f"tokenize.codec.precision={self._precision}: changes {first:.2%} of codebook 0's codes on this device "
-                f"({_MOST_CHANGED:.1%} are allowed); use fp32"
+                f"({_MOST_CHANGED:.1%} are allowed); use fp32, in another tokenize.output.url"
             )
         return first, every
 
@@ -118,7 +121,8 @@ class BatchedEncoder:
         for i, clip_S in enumerate(clips):
             places.setdefault(len(clip_S), []).append(i)
         encoded: dict[int, np.ndarray] = {}
-        for same in places.values():
+        groups = [group for same in places.values() for group in _split(same, _MOST_SAMPLES // len(clips[same[0]]))]
+        for same in groups:
             audio_BS = torch.from_numpy(np.stack([clips[i] for i in same])).to(self._device)
             with torch.autocast(self._device, torch.bfloat16, enabled=precision == "bf16"):
                 latent_BDT = self._model.encoder(audio_BS[:, None])
@@ -127,6 +131,11 @@ class BatchedEncoder:
             codes_BQT = codes_QBT.permute(1, 0, 2).to(torch.int16).cpu().numpy()
             encoded |= dict(zip(same, codes_BQT, strict=True))
         return [encoded[i] for i in range(len(clips))]
+
+
+def _split(places: list[int], most: int) -> list[list[int]]:
+    size = max(1, most)
+    return [places[i : i + size] for i in range(0, len(places), size)]
 
 
 def _run(layers: Sequence[Any], x_TC: torch.Tensor, memory: Memory) -> torch.Tensor:

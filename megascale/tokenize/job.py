@@ -9,6 +9,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from megascale import storage
@@ -42,7 +43,7 @@ from megascale.tokenize.worker import CALLS, CodecFitter, ShardWorker
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
 QUARANTINE = "quarantine.jsonl"
-_SETTLE_SECONDS = 10.0  # longer than from looking for a codec to having written one
+_SETTLE_SECONDS = 20.0  # longer than one request may take
 
 
 def run(config: TokenizeConfig) -> Manifest:
@@ -99,12 +100,15 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
         fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, **lives).remote()
         fitted = fitter.fit.remote(config, plan)
         progress = Progress("fitting the codec", 0, unit="steps")
+        asked = fitter.progress.remote()  # comes back late where the cluster has no CPU free
         try:
             while not ray.wait([fitted], timeout=1.0)[0]:
                 stop.check()
-                done, progress.total = ray.get(fitter.progress.remote())
-                if progress.total:
-                    progress.update(done)
+                if ray.wait([asked], timeout=0)[0]:
+                    done, progress.total = ray.get(asked)
+                    if progress.total:
+                        progress.update(done)
+                    asked = fitter.progress.remote()
             codec = bytes(ray.get(fitted))
             done, progress.total = ray.get(fitter.progress.remote())
             progress.update(done)
@@ -112,6 +116,8 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
             return codec
         except ray.exceptions.RayTaskError as failure:
             raise users_mistake(failure) from None
+        except ray.exceptions.RayActorError:
+            raise DataError("codec.weights=calibrate: the worker that fits the codec dies again and again") from None
         finally:
             ray.kill(fitter)
 
@@ -145,7 +151,8 @@ def _encode_shards(
         each = config.workers.gpus_each if resource == "GPU" else 1
         available = int(ray.cluster_resources().get(resource, 0) / each)
         if config.workers.count is None and available < 1:
-            raise ConfigError(f"tokenize.workers.gpus_each={each}: the Ray cluster has too few of resource {resource}")
+            asked = f"tokenize.workers.gpus_each={config.workers.gpus_each}"
+            raise ConfigError(f"{asked}: the Ray cluster has too little of resource {resource} for one worker")
         count = min(config.workers.count or available, len(missing))
         if available < count:
             say(f"the Ray cluster has room for {available} of {count} workers; the others start when there is more")
@@ -179,11 +186,11 @@ def _finish(
     bad = plan.unreadable + [item for index in indexes for item in index.quarantined]
     seconds = sum(clip.frames for index in indexes for clip in index.clips) / FRAMES_PER_SECOND
     num_clips = sum(len(index.clips) for index in indexes)
-    if num_clips == 0:
-        raise DataError(f"{config.source.url}: not one clip could be tokenised: {bad[0].reason}")
     storage.publish_bytes(
         storage.join(url, QUARANTINE), "".join(item.model_dump_json() + "\n" for item in bad).encode()
     )
+    if num_clips == 0:
+        raise DataError(f"{config.source.url}: not one clip could be tokenised: {bad[0].reason}")
     manifest = Manifest(
         codec=CodecFacts(
             name=codec.name,
@@ -213,10 +220,8 @@ def _finish(
 
 
 def _environment(config: TokenizeConfig) -> dict[str, Any]:
-    import torch
-
     return {
-        "torch": torch.__version__,
+        **{package: version(package) for package in ("torch", "encodec", "soundfile", "soxr")},
         "machine": platform.machine(),
         "device": "cuda" if config.workers.gpus_each > 0 else "cpu",
         "batch_clips": config.codec.batch_clips,

@@ -11,7 +11,15 @@ from pydantic import Field, model_validator
 from megascale import storage
 from megascale.config import Section
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, ConfigError, CredentialsError, DataError, StorageError, TokenError
+from megascale.errors import (
+    AudioError,
+    ConfigError,
+    CredentialsError,
+    DataError,
+    StorageError,
+    StoreUnavailable,
+    TokenError,
+)
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
 from megascale.tokenize import audio, streams
@@ -190,7 +198,8 @@ def publish_plan(config: TokenizeConfig, plan: Plan) -> None:
 
 
 def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"source", "clips", "codec", "shards"})
+    fixed = config.model_dump(mode="json", include={"source", "clips", "codec", "shards"})
+    return {**fixed, "device": "cuda" if config.workers.gpus_each else "cpu"}
 
 
 def make_plan(config: TokenizeConfig) -> Plan:
@@ -231,8 +240,8 @@ def _with_lengths(
         try:
             stream = streams.is_stream(recording.url)
             return streams.probe_seconds(recording.url) if stream else audio.probe_seconds(recording.url)
-        except CredentialsError:
-            raise  # no fault of the recording's
+        except (CredentialsError, StoreUnavailable):
+            raise  # no fault of the recording's, and the plan would leave it out for good
         except (AudioError, StorageError, TokenError) as failure:
             return failure
 

@@ -98,6 +98,7 @@ def publish_shard(url: str, data: bytes, index: ShardIndex) -> None:
     storage.publish_bytes(storage.join(url, index.shard), data)
     where, content = storage.join(url, index_name(index.shard)), index.model_dump_json().encode()
     if not storage.publish_bytes(where, content, create_only=True) and storage.read_bytes(where) != content:
+        storage.publish_bytes(storage.join(url, index.shard), data)  # again, because the other's may be the later one
         storage.publish_bytes(where, content)
 
 

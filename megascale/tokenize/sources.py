@@ -52,7 +52,9 @@ class ClipsConfig(Section):
     seconds: float | None = Field(10.0, gt=0, description="length of a clip; null keeps each recording whole")
     min_seconds: float = Field(1.0, ge=0, description="a shorter rest at a recording's end is left out")
     max_seconds: float = Field(
-        600.0, gt=0, description="a longer clip is quarantined; up to 50 are in a worker's memory, 0.1 MB a second each"
+        600.0,
+        gt=0,
+        description="a longer clip is quarantined; a worker holds up to 50 (at batch_clips=8), 0.1 MB a second each",
     )
 
 

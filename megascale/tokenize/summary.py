@@ -43,7 +43,9 @@ def summarise(
         "encoded_hours": encoded / 3600,
         "wall_seconds": wall_seconds,
         "hours_of_audio_per_hour": encoded / max(wall_seconds, 1e-9),
-        # seconds of audio per second that one worker spent in each stage
+        # share of the workers' encoding time in which the encoder waited for clips
+        "encoder_idle": _share(spent.get("idle", 0.0), spent.get("encode", 0.0)),
+        # seconds of audio per second that one worker spent in each stage; readers work side by side
         "real_time_factor": {stage: encoded / spent[stage] for stage in STAGES if spent.get(stage)},
         "codebooks": measure_codebooks(url, manifest),
     }
@@ -51,6 +53,10 @@ def summarise(
         shares = {"codebook_0": spent["changed_q0"] / spent["checked"], "all": spent["changed"] / spent["checked"]}
         report["codes_changed"] = shares
     return report
+
+
+def _share(part: float, rest: float) -> float:
+    return part / (part + rest) if part + rest else 0.0
 
 
 def count_reasons(bad: Iterable[Quarantined]) -> dict[str, int]:

@@ -17,13 +17,13 @@ from megascale.tokenize import audio, streams
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
-from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard
+from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard, read_committed
 from megascale.tokenize.sources import Clip
 from megascale.tokens import SAMPLE_RATE_HZ, codebooks_for
 
 CALLS = 2  # shards a worker has in hand
 _CALIBRATION_SECONDS = 240.0
-_READERS, _READ_AHEAD = 4, 16  # threads, and clips that a shard holds ready for the encoder
+_READERS = 4  # threads
 
 
 class ShardWorker:
@@ -42,6 +42,7 @@ class ShardWorker:
             BatchedEncoder(self._codec.model, "cuda", config.codec.precision) if config.workers.gpus_each else None
         )
         self._encoder = threading.Lock()
+        self._idle_since = time.perf_counter()  # of the encoder
 
     def ready(self) -> None:
         """Return once the worker is whole, which tells a death at work from one at the start."""
@@ -57,6 +58,10 @@ class ShardWorker:
             Seconds of audio, seconds spent per stage, and counts.
         """
         spent: defaultdict[str, float] = defaultdict(float)
+        committed = read_committed(self._config.output.url, plan, self._codec.fingerprint)
+        if committed is not None:  # by another driver of this job
+            return {"clips": len(committed.clips), "quarantined": len(committed.quarantined)}
+        began = time.perf_counter()
         bad = {item.key: item for item in excluded}
         places = [i for i, clip in enumerate(plan.clips) if clip.key not in bad]
         encoded: dict[int, EncodedClip] = {}
@@ -64,12 +69,14 @@ class ShardWorker:
         while batch := list(itertools.islice(clips, self._config.codec.batch_clips)):
             with self._encoder:
                 started = time.perf_counter()
+                spent["idle"] += started - max(began, self._idle_since)
                 sounds = [audio_S for _, audio_S in batch]
                 if self._gpu and self._config.codec.precision != "fp32" and "checked" not in spent:
                     changed = self._gpu.check_precision(sounds, self._num_codebooks)
                     spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
                 codes = (self._gpu or self._codec).encode(sounds, self._num_codebooks)
-                spent["encode"] += time.perf_counter() - started
+                self._idle_since = time.perf_counter()
+                spent["encode"] += self._idle_since - started
             for (i, audio_S), codes_QT in zip(batch, codes, strict=True):
                 encoded[i] = EncodedClip(plan.clips[i], codes_QT, len(audio_S))
                 spent["audio"] += len(audio_S) / SAMPLE_RATE_HZ
@@ -99,21 +106,22 @@ class ShardWorker:
 
         What cannot be read goes to `bad`, and what holds codes already to `encoded`.
         """
+        most = 2 * self._config.codec.batch_clips  # ready for the encoder
         with ThreadPoolExecutor(_READERS) as pool:
             ahead: deque[Future[tuple[np.ndarray | EncodedClip | Quarantined, dict[str, float]]]] = deque()
-            for n in range(len(places) + _READ_AHEAD):
+            for n in range(len(places) + most):
                 if n < len(places):
                     ahead.append(pool.submit(_read_clip, clips[places[n]], self._config, self._codec.name))
-                if n >= _READ_AHEAD:
+                if n >= most:
                     found, took = ahead.popleft().result()
                     for stage, seconds in took.items():
                         spent[stage] += seconds
                     if isinstance(found, Quarantined):
                         bad[found.key] = found
                     elif isinstance(found, EncodedClip):
-                        encoded[places[n - _READ_AHEAD]] = found
+                        encoded[places[n - most]] = found
                     else:
-                        yield places[n - _READ_AHEAD], found
+                        yield places[n - most], found
 
 
 def _read_clip(

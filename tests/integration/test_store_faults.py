@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -153,6 +154,20 @@ def test_keys_that_expire_on_the_way_are_renewed_and_never_written(
     assert {name.rpartition("/")[2] for name in outputs} >= {"manifest.json", "plan.json", "tokenize_report.json"}
     for secret in (b"AKIA", b"hush-secret", b"hush-token"):
         assert [name for name, text in outputs.items() if secret in text] == []
+
+
+def test_store_that_is_gone_while_headers_are_read_ends_the_job_and_leaves_nothing_out(server, weights, tmp_path):
+    """What cannot be reached is not broken: a plan without it would leave it out for good."""
+    (tmp_path / "list.csv").write_text("url\ns3://bucket/audio/low/low-000.wav\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    line = tokenize(
+        tmp_path / "list.csv", tmp_path / "out", "source.kind=list", weights, f"storage.endpoint_url={nobody}"
+    )
+    printed = run(line, exit_code=2)
+    assert "StoreUnavailable: s3://bucket/audio/low/low-000.wav: " in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_expired_keys_that_nothing_renews_end_with_2(proxy, weights, undisturbed, tmp_path):

@@ -303,6 +303,25 @@ def test_clip_that_kills_its_workers_is_quarantined_and_its_shard_is_not_lost(to
     assert bad["url"] == str(killer) and bad["attempts"] == 3 and "died" in bad["reason"]
 
 
+@pytest.mark.slow
+def test_several_clips_that_kill_their_workers_cost_no_other_clip(tokens, tmp_path, start):
+    """Two killers in shards of their own, in the hands of one worker, with innocent shards beside them."""
+    write_tones(tmp_path / "in", 10)
+    killers = [tmp_path / "in" / folder / "killer.wav" for folder in ("high", "low")]
+    for killer in killers:
+        soundfile.write(killer, np.zeros((44_100 * 900, 2), dtype=np.int16), 44_100)
+    options = ["clips.seconds=null", "clips.max_seconds=1000", "workers.count=1", "shards.clips=2"]
+    driver = start(tokenize(tmp_path / "in", tmp_path / "out", *options, same_codec(tokens), "quarantine.max_share=1"))
+    while driver.poll() is None:
+        worker = worker_of(driver)
+        if worker is not None and any(opens(worker, killer) for killer in killers):
+            worker.kill()
+    assert driver.returncode == 0, driver.stderr.read()[-2000:]
+    bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(item["url"] for item in bad) == sorted(map(str, killers))
+    assert read_manifest(str(tmp_path / "out")).num_clips == 10
+
+
 def opens(process: psutil.Process, path: Path) -> bool:
     try:
         return any(file.path == str(path) for file in process.open_files())

@@ -6,11 +6,12 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from megascale import storage
-from megascale.errors import StorageError
+from megascale.errors import Stopped, StorageError
 
 
 @contextmanager
@@ -181,6 +182,8 @@ LISTINGS = [
     ("*.wav", "", ["a.wav"]),
     ("*/*.wav", "", ["low/b.wav"]),
     ("**/*.wav", "", ["a.wav", "high/deep/d.wav", "low/b.wav"]),
+    ("**.wav", "", ["a.wav", "high/deep/d.wav", "low/b.wav"]),
+    ("high/**d.wav", "high", ["deep/d.wav"]),
     ("low/*.w?v", "low", ["b.wav"]),
     ("low/[bx].wav", "low", ["b.wav"]),
     ("h*/deep/d.wav", "", ["high/deep/d.wav"]),
@@ -304,3 +307,18 @@ def test_other_filesystem_publishes_create_only(tmp_path):
     assert storage.read_bytes(url) == b"third"
     with pytest.raises(StorageError, match="none: no such file"):
         storage.read_bytes(f"memory:/{tmp_path}/none")
+
+
+class Stopping(MemoryFileSystem):
+    """A store during whose call a signal comes: its handler raises from wherever it is."""
+
+    protocol = "stopping"
+
+    def cat_file(self, path, start=None, end=None, **options):
+        raise Stopped("stopped by SIGTERM")
+
+
+def test_signal_during_a_call_of_a_store_stops_and_is_no_fault_of_the_store():
+    fsspec.register_implementation("stopping", Stopping, clobber=True)
+    with pytest.raises(Stopped):
+        storage.read_bytes("stopping://x")

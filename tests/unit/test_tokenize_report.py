@@ -73,7 +73,7 @@ def test_page_tells_what_was_made_and_what_was_left_out(config):
     assert ["quarantined", "1 of 17 clips (5.88%)"] in page.rows
     assert ["not an audio file: Format not recognised.", "1"] in page.rows
     assert "Counted in 16 clips of 6 shards" in page.text
-    assert "The bottleneck is the encoder: " in page.text
+    assert "The bottleneck is the encoder, " in page.text
     assert len(page.images()) == 3
 
 
@@ -157,12 +157,15 @@ def test_page_of_a_start_that_found_every_shard_shows_no_speed(config):
     start, end = text.index('"real_time_factor"'), text.index('"codebooks"')
     report.write_text(f'{text[:start]}"real_time_factor": {{}},\n{text[end:]}')
     tokenize_report.write_page(config)
-    assert "Every shard was there already" in page_of(config).text
+    assert "Nothing was left to encode" in page_of(config).text
     assert len(page_of(config).images()) == 2
 
 
-def test_bottleneck_is_named_with_its_share_of_the_time():
-    assert tokenize_report.bottleneck({"read": 4.0, "encode": 12.0}) == (
-        "The bottleneck is reading the audio: 4.0 times real time in one worker, 75% of the time that workers spent in all "
-        "stages. Workers nearer to the store, or more of them, would help."
+def test_bottleneck_is_the_encoder_unless_it_waits_for_a_slower_stage():
+    factors = {"read": 4.0, "decode": 90.0, "encode": 12.0, "write": 1.0}
+    assert tokenize_report.bottleneck(factors, 0.02)[0] == "encode", "four readers work side by side"
+    assert tokenize_report.bottleneck(factors, 0.4) == (
+        "read",
+        "The bottleneck is reading the audio, 4.0 times real time in one worker: its encoder waited for clips 40% of the "
+        "time. Workers nearer to the store, or more of them, would help.",
     )

@@ -1,11 +1,15 @@
 """Audio: any format at any rate becomes 24 kHz mono of its length, and what cannot be trusted is refused by name."""
 
+import errno
 import io
 import struct
 
+import containers
+import fsspec
 import numpy as np
 import pytest
 import soundfile
+from fsspec.implementations.memory import MemoryFileSystem
 from hostile import wav
 from support import tone
 
@@ -267,3 +271,36 @@ def test_other_filesystem_gives_the_same_samples(tmp_path):
     url = write_wav(tmp_path / "x.flac", tone(1.0, 22_050, 440), 22_050)
     storage.publish_bytes(f"memory:/{tmp_path}/x.flac", (tmp_path / "x.flac").read_bytes())
     assert np.array_equal(read_clip(f"memory:/{tmp_path}/x.flac", 0.25, 0.5), read_clip(url, 0.25, 0.5))
+
+
+class Failing(MemoryFileSystem):
+    """A store that fails at one read, for good."""
+
+    protocol = "failing"
+    data, reads, fails_at = b"", 0, -1
+
+    def _open(self, path, mode="rb", **options):
+        return FailingFile(self.data)
+
+
+class FailingFile(io.BytesIO):
+    def read(self, size=-1):
+        Failing.reads += 1
+        if Failing.reads == Failing.fails_at:
+            raise OSError(errno.ENXIO, "gone")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "flac", "ogg", "opus", "mp3", "m4a", "webm"])
+def test_read_that_fails_is_never_taken_for_a_shorter_or_another_recording(tmp_path, suffix):
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    path = containers.write(tmp_path / f"x.{suffix}", tone(20.0, 48_000, 440), 48_000)
+    url, Failing.data = f"failing://x.{suffix}", path.read_bytes()
+    for read in (probe_seconds, read_clip):
+        Failing.reads, Failing.fails_at = 0, -1
+        read(url)
+        total = Failing.reads
+        for place in range(1, total + 1, max(1, total // 40)):
+            Failing.reads, Failing.fails_at = 0, place
+            with pytest.raises(StorageError, match="gone"):
+                read(url)

@@ -40,6 +40,15 @@ def test_codes_are_those_of_encodec_at_every_length(fitted_codec, capsys):
     )  # sums in another order: deep residuals are close calls, as between two of encodec's batch sizes
 
 
+def test_last_frame_is_that_of_encodec_whatever_is_left_of_it(fitted_codec):
+    """The last tile's convolutions are padded by what is missing of their strides: 2, 4, 5 and 8."""
+    clips = [sound(960 + rest) for rest in range(0, 320, 11)]
+    for clip_S, codes_QT in zip(clips, fitted_codec.encode(clips, 16), strict=True):
+        theirs_QT = encodec_codes(fitted_codec, clip_S)
+        assert codes_QT.shape == theirs_QT.shape
+        assert (codes_QT[:, -1] != theirs_QT[:, -1]).sum() <= 4, len(clip_S)  # deep close calls; another padding: most
+
+
 def test_tile_that_forgot_what_was_before_it_would_show(fitted_codec):
     """The negative control of the test above: a cut where no clip ends changes codes there."""
     clip_S = sound(48_000)
@@ -49,7 +58,7 @@ def test_tile_that_forgot_what_was_before_it_would_show(fitted_codec):
 
 
 def test_codes_do_not_depend_on_what_shares_the_batch(fitted_codec):
-    clips = [sound(n) for n in LENGTHS]
+    clips = [sound(n) for n in (1, 320, 5_000, 24_001, 48_123, 240_001)]
     together = fitted_codec.encode(clips, 16)
     alone = [fitted_codec.encode([clip_S], 16)[0] for clip_S in clips]
     turned = fitted_codec.encode(clips[::-1], 16)[::-1]
@@ -62,7 +71,7 @@ import resource, sys
 import numpy as np
 from megascale.tokenize.codec import load_codec
 codec = load_codec(sys.argv[1])
-sound_S = np.random.default_rng(0).uniform(-0.3, 0.3, 24_000 * 180).astype(np.float32)
+sound_S = np.random.default_rng(0).uniform(-0.3, 0.3, 24_000 * 90).astype(np.float32)
 codec.encode([sound_S[: 24_000 * 11]], 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 codec.encode([sound_S], 2)
@@ -74,7 +83,7 @@ def test_memory_does_not_grow_with_a_clips_length(fitted_codec, tmp_path):
     (tmp_path / "codec.safetensors").write_bytes(fitted_codec.to_bytes())
     line = [sys.executable, "-c", MEMORY, str(tmp_path / "codec.safetensors")]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100  # MB for 3 minutes, of which encodec's first layer alone makes 550
+    assert float(done.stdout) < 100  # MB for 90 s, of which encodec's first layer alone makes 280
 
 
 def test_clips_of_many_lengths_are_encoded_together_by_length(fitted_codec):

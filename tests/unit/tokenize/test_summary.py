@@ -67,11 +67,14 @@ def test_speed_is_of_what_this_start_encoded(tmp_path):
     """Of 8 s in the folder, an earlier start has encoded 5."""
     write_token_folder(tmp_path, 8)
     manifest = read_manifest(str(tmp_path))
-    report = summarise(str(tmp_path), manifest, [], {"audio": 3.0, "encode": 1.5, "read": 0.0, "clips": 3}, 6.0)
+    report = summarise(
+        str(tmp_path), manifest, [], {"audio": 3.0, "encode": 1.5, "idle": 0.5, "read": 0.0, "clips": 3}, 6.0
+    )
     assert report["hours"] == 8 / 3600
     assert report["encoded_hours"] == 3 / 3600
     assert report["hours_of_audio_per_hour"] == 0.5
     assert report["real_time_factor"] == {"encode": 2.0}
+    assert report["encoder_idle"] == 0.25
     nothing = summarise(str(tmp_path), manifest, [], {}, 6.0)
     assert (nothing["hours_of_audio_per_hour"], nothing["real_time_factor"]) == (0.0, {})
     json.dumps([report, nothing], allow_nan=False)
