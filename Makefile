@@ -38,7 +38,7 @@ test-all: $(INSTALLED) ## every test
 chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints what was lost, repeated or changed (25 minutes)
 	$(PY) tests/integration/chaos.py $(ARGS)
 
-bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (5 minutes)
+bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (10 minutes)
 	$(PY) launch/bench.py tokenize $(ARGS)
 
 check: $(INSTALLED) ## ruff, mypy, unit tests

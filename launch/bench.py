@@ -16,6 +16,6 @@ BENCHMARKS = {"tokenize": tokenize.run}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ratios measured side by side in one run; writes runs/bench/NAME.json")
     parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     given = parser.parse_args()
     BENCHMARKS[given.name](given.rounds)
