@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def keys_in_environment() -> Iterator[None]:
 def moto() -> Iterator[Server]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield _prepared(Server("moto", "http://{}:{}".format(*server.get_host_and_port())))
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    # every moto server of a process holds the same buckets: also those of a test module before this one
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
+    yield _prepared(Server("moto", endpoint))
     server.stop()
 
 
