@@ -35,7 +35,7 @@ test: $(INSTALLED) ## every test but the slow ones
 test-all: $(INSTALLED) ## every test
 	$(PY) -m pytest $(ARGS)
 
-chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints what was lost, repeated or changed (25 minutes)
+chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints what was lost, repeated or changed (half an hour)
 	$(PY) tests/integration/chaos.py $(ARGS)
 
 bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (10 minutes)
