@@ -76,6 +76,7 @@ def _render(folder: Path, more: Path) -> list[Path]:
 
 def _changed(codec: Codec, paths: list[Path]) -> dict[str, float]:
     """Return the share of codes in which the encoder differs from `encodec`'s."""
+    torch.set_num_threads(1)
     ours = np.concatenate(codec.encode([read_clip(str(path)) for path in paths], _Q), axis=1)
     theirs = np.concatenate([_encodec(codec, path) for path in paths], axis=1)
     return {"codebook 0": float((ours[0] != theirs[0]).mean()), "all": float((ours != theirs).mean())}

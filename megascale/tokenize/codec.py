@@ -90,7 +90,7 @@ class Codec:
             codes_QT of each, int16 in 0..1023, T = ceil(S / 320).
         """
         assert num_codebooks <= self.num_codebooks, "the job's plan checks this"
-        return self._encoder.encode(clips, num_codebooks)
+        return [self._encoder.encode(clip_S, num_codebooks) for clip_S in clips]
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors, to be kept beside the shards."""

@@ -1,15 +1,12 @@
 """EnCodec's encoder and quantizer: in tiles on a CPU, over whole clips at once on a GPU.
 
-On a CPU it is the arithmetic of `encodec` 0.1.1 in an order that suits caches. `encodec` runs one layer over a whole
-clip before the next: 30 MB of activations come from memory and go back at every layer, and half of the time goes there.
-Here the convolutions, which are all causal, run over a second at a time, each keeping the few columns that its next
-tile needs; activations lie time-first, so that no library reorders them; weight norm is folded away. Only the LSTM,
-whose weights are large, takes several clips at once, always as many rows, so that a clip's codes don't depend on the
-clips beside it (tested; it rests on the machine's product of matrices treating rows alike). Memory does not grow with a
-clip's length.
+On a CPU the codes are those of `encodec` 0.1.1 on one thread, bit by bit, in an order that suits caches. `encodec` runs
+one layer over a whole clip before the next: 30 MB of activations come from memory and go back at every layer. Here the
+convolutions, which are all causal, run over 0.43 s at a time, each keeping the few columns that its next tile needs, and
+weight norm is computed once. Every sum is taken over the same terms in the same order, by the same kernels of oneDNN,
+so that tiles change nothing (tested at many lengths). Memory does not grow with a clip's length.
 
-Legend: S samples, T frames (or what stands for them inside: columns), C channels, R rows of the LSTM, D = 128 latent
-width, Q codebooks.
+Legend: S samples, T frames (or what stands for them inside: columns), C channels, D = 128 latent width, Q codebooks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +19,10 @@ import torch.nn.functional as F
 from megascale.errors import ConfigError
 from megascale.tokens import SAMPLES_PER_FRAME
 
-_TILE = 75 * SAMPLES_PER_FRAME  # samples: what a second makes of the widest layer stays in the cache
-_TILES_PER_SEGMENT = 10  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
-_ROWS = 4  # always so many, because a product of fewer rows is slower and rounds otherwise
+# a tile's activations stay in the cache; all in multiples of 64 columns, because kernels treat those that are left over
+# otherwise
+_TILE = 32 * SAMPLES_PER_FRAME  # samples
+_SEGMENT = 24 * _TILE  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
 
 _MOST_SAMPLES = 640 * 75 * SAMPLES_PER_FRAME  # at once on a GPU, whose first layer makes 128 bytes of each
 _MOST_CHANGED = 0.005  # share of codebook 0's codes that a lower precision may change
@@ -39,52 +37,33 @@ class TiledEncoder:
     def __init__(self, model: Any) -> None:
         *layers, self._lstm, self._last = _layers(model.encoder)
         self._shallow, self._deep = layers[:-2], layers[-2:]
-        # |x - e|^2 is least where x.e - |e|^2 / 2 is greatest, and that is one product
-        codebooks_VD = [layer.codebook for layer in model.quantizer.vq.layers]
-        self._codebooks = [(e_VD.clone(), e_VD.t().contiguous(), e_VD.pow(2).sum(1) / -2) for e_VD in codebooks_VD]
+        self._codebooks = [layer.codebook for layer in model.quantizer.vq.layers]
 
     @torch.inference_mode()
-    def encode(self, clips: Sequence[np.ndarray], num_codebooks: int) -> list[np.ndarray]:
-        """Encode clips of any lengths: float32 24 kHz mono, (S,) each. Returns codes_QT, int16, of each."""
-        encoded: list[np.ndarray] = []
-        for first in range(0, len(clips), _ROWS):
-            rows = [torch.from_numpy(clip_S)[:, None] for clip_S in clips[first : first + _ROWS]]
-            codes: list[list[torch.Tensor]] = [[] for _ in rows]
-            for r, latent_TD in self._latents(rows):
-                codes[r].append(self._quantize(latent_TD, num_codebooks))
-            encoded += [torch.cat(parts, dim=1).numpy() for parts in codes]
-        return encoded
+    def encode(self, audio_S: np.ndarray, num_codebooks: int) -> np.ndarray:
+        """Encode a clip of any length: float32 24 kHz mono, (S,). Returns codes_QT, int16."""
+        memory: Memory = {}
+        state, parts = None, []
+        for segment_11S in _pieces(torch.from_numpy(audio_S)[None, None], _SEGMENT):
+            tiles = [_run(self._shallow, tile_11S, memory) for tile_11S in _pieces(segment_11S, _TILE)]
+            hidden_1CT = _run(self._deep, torch.cat(tiles, dim=2), memory)
+            hidden_T1C = hidden_1CT.permute(2, 0, 1)
+            mixed_T1C, state = self._lstm(hidden_T1C, state)
+            latent_1DT = self._last((mixed_T1C + hidden_T1C).permute(1, 2, 0), memory)
+            parts.append(self._quantize(latent_1DT[0], num_codebooks))
+        return torch.cat(parts, dim=1).numpy()
 
-    def _latents(self, rows: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (r, latent_TD) of each clip of (S, 1), segment by segment."""
-        memories: list[Memory] = [{} for _ in rows]
-        segment, state = _TILE * _TILES_PER_SEGMENT, None
-        for start in range(0, max(map(len, rows)), segment):
-            hidden = {
-                r: self._convolve(row_S1[start : start + segment], memories[r])
-                for r, row_S1 in enumerate(rows)
-                if start < len(row_S1)
-            }
-            # rows that are shorter, or missing, end with zeros: what comes later cannot change what came before
-            hidden_TRC = torch.zeros(max(map(len, hidden.values())), _ROWS, self._lstm.input_size)
-            for r, hidden_TC in hidden.items():
-                hidden_TRC[: len(hidden_TC), r] = hidden_TC
-            mixed_TRC, state = self._lstm(hidden_TRC, state)
-            mixed_TRC += hidden_TRC
-            for r, hidden_TC in hidden.items():
-                yield r, self._last(mixed_TRC[: len(hidden_TC), r], memories[r])
-
-    def _convolve(self, audio_S1: torch.Tensor, memory: Memory) -> torch.Tensor:
-        tiles = [_run(self._shallow, tile_S1, memory) for tile_S1 in audio_S1.split(_TILE)]
-        return _run(self._deep, torch.cat(tiles), memory)
-
-    def _quantize(self, latent_TD: torch.Tensor, num_codebooks: int) -> torch.Tensor:
-        codes_QT = torch.empty(num_codebooks, len(latent_TD), dtype=torch.int16)
-        residual_TD = latent_TD
-        for q, (codebook_VD, codebook_DV, half_norm_V) in enumerate(self._codebooks[:num_codebooks]):
-            nearest_T = torch.addmm(half_norm_V, residual_TD, codebook_DV).argmax(dim=1)
+    def _quantize(self, latent_DT: torch.Tensor, num_codebooks: int) -> torch.Tensor:
+        codes_QT = torch.empty(num_codebooks, latent_DT.shape[1], dtype=torch.int16)
+        residual_DT = latent_DT
+        for q, codebook_VD in enumerate(self._codebooks[:num_codebooks]):
+            # squared distances, as |x|^2 - 2 x.e + |e|^2
+            distance_TV = (2 * residual_DT.t()) @ codebook_VD.t()
+            torch.sub(residual_DT.t().pow(2).sum(1, keepdim=True), distance_TV, out=distance_TV)
+            distance_TV += codebook_VD.t().pow(2).sum(0, keepdim=True)
+            nearest_T = distance_TV.argmin(dim=1)
             codes_QT[q] = nearest_T
-            residual_TD = residual_TD - codebook_VD[nearest_T]
+            residual_DT = residual_DT - codebook_VD[nearest_T].t()
         return codes_QT
 
 
@@ -138,47 +117,55 @@ def _split(places: list[int], most: int) -> list[list[int]]:
     return [places[i : i + size] for i in range(0, len(places), size)]
 
 
-def _run(layers: Sequence[Any], x_TC: torch.Tensor, memory: Memory) -> torch.Tensor:
+def _pieces(x_BCT: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Cut columns to pieces of `size`; the last takes the rest too, because kernels treat a few columns otherwise."""
+    columns = x_BCT.shape[2]
+    count = max(1, columns // size)
+    for n in range(count):
+        yield x_BCT[..., n * size : (n + 1) * size if n < count - 1 else columns]
+
+
+def _run(layers: Sequence[Any], x_1CT: torch.Tensor, memory: Memory) -> torch.Tensor:
     for layer in layers:
-        x_TC = layer(x_TC, memory)
-    return x_TC
+        x_1CT = layer(x_1CT, memory)
+    return x_1CT
 
 
 class _Conv:
-    """A causal convolution over (T, C), with the ELU before it; a clip's start is reflected. (`encodec`'s SConv1d)"""
+    """A causal convolution, with the ELU before it; a clip's start is reflected. (`encodec`'s SConv1d)"""
 
     def __init__(self, layer: Any, after_elu: bool) -> None:
         conv = layer.conv.conv
         assert layer.causal and layer.pad_mode == "reflect" and conv.dilation == (1,), "EnCodec 24 kHz's encoder"
-        # as one row of an image, because oneDNN takes time-first activations in two dimensions only
-        self._weight = _folded(conv)[:, :, None].contiguous(memory_format=torch.channels_last)
+        self._weight = torch._weight_norm(conv.weight_v, conv.weight_g)
         self._bias = conv.bias.clone()
         (self._stride,) = conv.stride
         self._before = conv.kernel_size[0] - self._stride  # columns that a tile needs of what was before it
         self._after_elu = after_elu
 
-    def __call__(self, x_TC: torch.Tensor, memory: Memory) -> torch.Tensor:
-        padded_TC = self._padded(x_TC, memory.get(self))
-        memory[self] = padded_TC[len(padded_TC) - self._before :].clone()
-        image = padded_TC.view(1, 1, *padded_TC.shape).permute(0, 3, 1, 2)
-        y = F.conv2d(image, self._weight, self._bias, stride=(1, self._stride))
-        return y.permute(0, 2, 3, 1).view(-1, len(self._bias))
+    def __call__(self, x_1CT: torch.Tensor, memory: Memory) -> torch.Tensor:
+        if self._before:
+            x_1CT = self._padded(x_1CT, memory.get(self))
+            memory[self] = x_1CT[..., x_1CT.shape[2] - self._before :].clone()
+        # over the padding too, because ELU's kernel rounds otherwise where a row ends
+        if self._after_elu:
+            x_1CT = F.elu(x_1CT, inplace=self._before > 0)
+        return F.conv1d(x_1CT, self._weight, self._bias, stride=self._stride)
 
-    def _padded(self, x_TC: torch.Tensor, before_TC: torch.Tensor | None) -> torch.Tensor:
-        before, columns = self._before, len(x_TC)
+    def _padded(self, x_1CT: torch.Tensor, before_1CT: torch.Tensor | None) -> torch.Tensor:
+        before, columns = self._before, x_1CT.shape[2]
         after = -columns % self._stride  # more than 0 in a clip's last tile alone
         # a clip too short to be reflected is first made longer with zeros
-        missing = max(0, max(before, after) + 1 - columns) if before_TC is None else 0
-        padded_TC = torch.empty(before + columns + missing + after, x_TC.shape[1])
-        inner_TC, end = padded_TC[before : before + columns], before + columns + missing
-        if self._after_elu:
-            _elu(x_TC, inner_TC)
-        else:
-            inner_TC.copy_(x_TC)
-        padded_TC[before + columns : end] = 0
-        padded_TC[:before] = padded_TC[before + 1 : 2 * before + 1].flip(0) if before_TC is None else before_TC
-        padded_TC[end:] = padded_TC[end - 1 - after : end - 1].flip(0)
-        return padded_TC[: len(padded_TC) - missing]
+        missing = max(0, max(before, after) + 1 - columns) if before_1CT is None else 0
+        padded_1CT = x_1CT.new_empty(1, x_1CT.shape[1], before + columns + missing + after)
+        end = before + columns + missing
+        padded_1CT[..., before : before + columns] = x_1CT
+        padded_1CT[..., before + columns : end] = 0
+        padded_1CT[..., :before] = (
+            padded_1CT[..., before + 1 : 2 * before + 1].flip(2) if before_1CT is None else before_1CT
+        )
+        padded_1CT[..., end:] = padded_1CT[..., end - 1 - after : end - 1].flip(2)
+        return padded_1CT[..., : padded_1CT.shape[2] - missing].contiguous()
 
 
 class _Residual:
@@ -186,25 +173,11 @@ class _Residual:
 
     def __init__(self, block: Any) -> None:
         _, wide, _, narrow = block.block
-        self._wide = _Conv(wide, after_elu=True)
-        # these two have kernels of one column, and so are products
-        self._shortcut, self._narrow = (_folded(conv.conv.conv)[..., 0].t() for conv in (block.shortcut, narrow))
-        self._bias = block.shortcut.conv.conv.bias + narrow.conv.conv.bias
+        self._wide, self._narrow = _Conv(wide, after_elu=True), _Conv(narrow, after_elu=True)
+        self._shortcut = _Conv(block.shortcut, after_elu=False)
 
-    def __call__(self, x_TC: torch.Tensor, memory: Memory) -> torch.Tensor:
-        past_TC = torch.addmm(self._bias, x_TC, self._shortcut)
-        y_TC = self._wide(x_TC, memory)
-        return past_TC.addmm_(_elu(y_TC, y_TC), self._narrow)
-
-
-def _elu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    # the same as F.elu to half a unit of 1e-7, and faster
-    return torch.maximum(x, x.clamp(max=0).exp_().sub_(1), out=out)
-
-
-def _folded(conv: Any) -> torch.Tensor:
-    """Return the weights (O, I, K) of a convolution under weight norm."""
-    return conv.weight_v * (conv.weight_g / conv.weight_v.norm(dim=(1, 2), keepdim=True))
+    def __call__(self, x_1CT: torch.Tensor, memory: Memory) -> torch.Tensor:
+        return self._shortcut(x_1CT, memory).add_(self._narrow(self._wide(x_1CT, memory), memory))
 
 
 def _layers(encoder: Any) -> Iterator[Any]:

@@ -52,7 +52,7 @@ def checkpoint(fitted_codec, tmp_path_factory):
 
 @pytest.mark.parametrize(("bitrate_kbps", "num_codebooks"), [(1.5, 2), (12.0, 16)])
 @pytest.mark.parametrize("samples", [320, 4799, 24_000, 31_337])
-def test_codes_are_those_of_encodec(fitted_codec, bitrate_kbps, num_codebooks, samples):
+def test_codes_are_those_of_encodec(fitted_codec, one_thread, bitrate_kbps, num_codebooks, samples):
     audio_S = tone(2.0, 24_000, 523, seed=samples)[:samples]
     (codes_QT,) = fitted_codec.encode([audio_S], num_codebooks)
     assert codes_QT.dtype == np.int16
