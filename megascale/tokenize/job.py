@@ -99,7 +99,7 @@ def _fit_codec(config: TokenizeConfig, plan: Plan) -> bytes:
         ray = start_ray()
         lives = {"max_restarts": 2, "max_task_retries": 2}
         fitter = ray.remote(CodecFitter).options(num_cpus=1, max_concurrency=2, **lives).remote()
-        fitted = fitter.fit.remote(config, plan)
+        fitted = fitter.fit.remote(config, plan, int(ray.cluster_resources().get("CPU", 1)))
         progress = Progress("fitting the codec", 0, unit="steps")
         asked = fitter.progress.remote()  # comes back late where the cluster has no CPU free
         try:

@@ -155,12 +155,15 @@ class CodecFitter:
         """Return the steps done and their number, which is 0 until the sample is read."""
         return self._progress
 
-    def fit(self, config: TokenizeConfig, plan: Plan) -> bytes:
-        """Fit a codec to a sample of the plan's clips; return its file. Raises AudioError if too little can be read."""
+    def fit(self, config: TokenizeConfig, plan: Plan, cluster_cpus: int) -> bytes:
+        """Fit a codec to a sample of the plan's clips; return its file. Raises AudioError if too little can be read.
+
+        `cluster_cpus` is the number that Ray counts: a container has fewer than its machine.
+        """
         import torch
 
         storage.configure(config.storage)
-        torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
+        torch.set_num_threads(min(cluster_cpus, os.cpu_count() or 1))  # nothing else runs yet
         sample = _calibration_sample(config, plan)
         num_codebooks = codebooks_for(config.codec.bitrate_kbps)
         return calibrate(sample, num_codebooks, config.codec.seed, self._report).to_bytes()

@@ -183,12 +183,28 @@ def test_other_filesystem_gives_the_same_samples(folder):
         assert np.array_equal(remote_S, read_clip(str(folder / f"x.{suffix}"), 6.25, 0.5))
 
 
-def test_without_the_extra_the_reason_names_it(folder):
-    """In a process whose import path holds no PyAV."""
-    code = (
-        "import sys; sys.modules['av'] = None\n"  # what Python itself does for a module that is not to be found
-        "from megascale.tokenize.audio import read_clip\n"
-        f"read_clip({str(folder / 'x.m4a')!r})"
-    )
+WITHOUT_PYAV = """
+import sys
+sys.modules["av"] = None  # what Python itself does for a module that is not to be found
+from megascale.config import load_config
+from megascale.tokenize.audio import read_clip
+from megascale.tokenize.plan import TokenizeConfig, make_plan
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [
+        ("read_clip(folder + '/x.m4a')", "AudioError: {folder}/x.m4a: "),
+        (
+            "make_plan(load_config(TokenizeConfig, 'tokenize', None, ['source.kind=files', 'source.url=' + folder, "
+            "'codec.weights=calibrate', 'codec.bitrate_kbps=1.5', 'output.url=' + folder + '/out']))",
+            "ConfigError: {folder}/x.",
+        ),
+    ],
+    ids=["a clip", "a plan, which would quarantine them for good"],
+)
+def test_without_the_extra_the_reason_names_it(folder, work, error):
+    code = f"{WITHOUT_PYAV}folder = {str(folder)!r}\n{work}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f"AudioError: {folder / 'x.m4a'}: " in done.stderr and "megascale[av]" in done.stderr
+    assert error.format(folder=folder) in done.stderr and "megascale[av]" in done.stderr
