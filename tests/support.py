@@ -11,7 +11,7 @@ from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer
 from megascale.seeding import torch_generator
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
-from megascale.tokenize.sources import Clip
+from megascale.tokenize.sources import Clip, Recording, SourceConfig, list_recordings
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, model_name
 from megascale.train.checkpoint import write_model
 
@@ -107,3 +107,29 @@ def write_pretrained(folder: Path, num_codebooks: int, fingerprint: str = FINGER
     codec = CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=16)
     facts = {"model": config.model_dump(), "num_codebooks": num_codebooks, "codec": codec.model_dump()}
     write_model(folder, {k: v.detach().clone() for k, v in model.named_parameters()}, facts)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def listed(kind: str, url: Path | str, **options: object) -> list[Recording]:
+    """List a corpus of one of the kinds."""
+    return list_recordings(SourceConfig(kind=kind, url=str(url), **options))[0]  # type: ignore[arg-type]
+
+
+def sources(recordings: list[Recording]) -> list[str]:
+    return [r.source for r in recordings]
+
+
+def without_place(recordings: list[Recording]) -> list[tuple[object, ...]]:
+    return [(r.source, dict(r.labels), r.split, r.start_seconds, r.duration_seconds) for r in recordings]
+
+
+def write_list(folder: Path, text: str | bytes, name: str = "clips.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
