@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megascale.errors import AudioError
+from megascale.errors import AudioError, ConfigError
 
 _ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _MOST_BOXES = 1000  # of a hostile file that is nothing but boxes
@@ -41,11 +41,14 @@ class Container:
     """
 
     def __init__(self, file: IO[bytes], url: str, container_format: str) -> None:
-        """Raises AudioError: megascale[av] is missing, or the file is broken, cut short or without audio."""
+        """Raises ConfigError: megascale[av] is missing; AudioError: the file is broken, cut short or without audio."""
         try:
             import av
         except ImportError:
-            raise AudioError(f"{url}: m4a, mp4, webm, mka, aac and wma need the extra megascale[av]") from None
+            # no fault of the recording's, which would be quarantined for good
+            raise ConfigError(
+                f"{url}: m4a, mp4, webm, mka, aac and wma need the extra megascale[av]: pip install 'megascale[av]'"
+            ) from None
         self._av, self._file, self._url, self._format = av, file, url, container_format
         size = file.seek(0, 2)
         end = _announced_end(file, container_format, size)

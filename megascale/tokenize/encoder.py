@@ -10,6 +10,7 @@ Legend: S samples, T frames (or what stands for them inside: columns), C channel
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,7 @@ import torch.nn.functional as F
 from megascale.errors import ConfigError
 from megascale.tokens import SAMPLES_PER_FRAME
 
-# a tile's activations stay in the cache; all in multiples of 64 columns, because kernels treat those that are left over
-# otherwise
-_TILE = 32 * SAMPLES_PER_FRAME  # samples
+_TILE = 32 * SAMPLES_PER_FRAME  # samples: few enough for the widest layer's activations to stay in the cache
 _SEGMENT = 24 * _TILE  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
 
 _MOST_SAMPLES = 640 * 75 * SAMPLES_PER_FRAME  # at once on a GPU, whose first layer makes 128 bytes of each
@@ -42,16 +41,25 @@ class TiledEncoder:
     @torch.inference_mode()
     def encode(self, audio_S: np.ndarray, num_codebooks: int) -> np.ndarray:
         """Encode a clip of any length: float32 24 kHz mono, (S,). Returns codes_QT, int16."""
+        with _one_thread():
+            parts = [self._quantize(latent_DT, num_codebooks) for latent_DT in self._latents(audio_S)]
+        return torch.cat(parts, dim=1).numpy()
+
+    @torch.inference_mode()
+    def latents(self, audio_S: np.ndarray) -> torch.Tensor:
+        """Return what the quantizer is given for a clip, (D, T)."""
+        with _one_thread():
+            return torch.cat(list(self._latents(audio_S)), dim=1)
+
+    def _latents(self, audio_S: np.ndarray) -> Iterator[torch.Tensor]:
         memory: Memory = {}
-        state, parts = None, []
+        state = None
         for segment_11S in _pieces(torch.from_numpy(audio_S)[None, None], _SEGMENT):
             tiles = [_run(self._shallow, tile_11S, memory) for tile_11S in _pieces(segment_11S, _TILE)]
             hidden_1CT = _run(self._deep, torch.cat(tiles, dim=2), memory)
             hidden_T1C = hidden_1CT.permute(2, 0, 1)
             mixed_T1C, state = self._lstm(hidden_T1C, state)
-            latent_1DT = self._last((mixed_T1C + hidden_T1C).permute(1, 2, 0), memory)
-            parts.append(self._quantize(latent_1DT[0], num_codebooks))
-        return torch.cat(parts, dim=1).numpy()
+            yield self._last((mixed_T1C + hidden_T1C).permute(1, 2, 0), memory)[0]
 
     def _quantize(self, latent_DT: torch.Tensor, num_codebooks: int) -> torch.Tensor:
         codes_QT = torch.empty(num_codebooks, latent_DT.shape[1], dtype=torch.int16)
@@ -115,6 +123,17 @@ class BatchedEncoder:
 def _split(places: list[int], most: int) -> list[list[int]]:
     size = max(1, most)
     return [places[i : i + size] for i in range(0, len(places), size)]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads share a layer's columns, and round otherwise where their shares meet: codes would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pieces(x_BCT: torch.Tensor, size: int) -> Iterator[torch.Tensor]:

@@ -1,6 +1,5 @@
 """What a tokenization job is asked for, and its plan: every shard with its clips, fixed before anything is encoded."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,15 +25,7 @@ from megascale.storage import StorageConfig
 from megascale.tokenize import audio, streams
 from megascale.tokenize.codec import CALIBRATE, load_codec
 from megascale.tokenize.shards import ShardPlan, plan_shards
-from megascale.tokenize.sources import (
-    CONTAINER_SUFFIXES,
-    Clip,
-    ClipsConfig,
-    Recording,
-    SourceConfig,
-    cut,
-    list_recordings,
-)
+from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
 from megascale.tokens import codebooks_for
 
 PLAN = "plan.json"
@@ -215,12 +206,6 @@ def make_plan(config: TokenizeConfig) -> Plan:
     if config.codec.weights != CALIBRATE and not storage.exists(config.codec.weights):
         raise ConfigError(f"tokenize.codec.weights={config.codec.weights}: no such file (or write `calibrate`)")
     recordings, notes = list_recordings(config.source)
-    containers = [recording for recording in recordings if recording.url.lower().endswith(CONTAINER_SUFFIXES)]
-    if containers and not _may_import("av"):  # every one would be quarantined, and for good
-        raise ConfigError(
-            f"{containers[0].url}: {len(containers)} of {len(recordings)} recordings need the extra megascale[av]: "
-            "pip install 'megascale[av]', or choose others by tokenize.source.url"
-        )
     clips: list[Clip] = []
     unreadable: list[Quarantined] = []
     for recording, length in _with_lengths(recordings, config.clips):
@@ -242,13 +227,6 @@ def make_plan(config: TokenizeConfig) -> Plan:
         if count:
             say(f"{count} {what}")
     return Plan(plan_shards(clips, config.shards.clips), unreadable)
-
-
-def _may_import(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # what it says of None in sys.modules
-        return False
 
 
 def _with_lengths(

@@ -9,7 +9,7 @@ import torch
 from support import tone
 
 from megascale.errors import ConfigError
-from megascale.tokenize.encoder import BatchedEncoder
+from megascale.tokenize.encoder import BatchedEncoder, TiledEncoder
 
 # a tile has 10,240 samples, a segment 245,760
 LENGTHS = [1, 6, 7, 8, 319, 320, 321, 5_000, 10_240, 20_479, 20_480, 20_481, 48_123, 245_761, 491_519, 491_520, 700_001]
@@ -27,18 +27,32 @@ def encodec_codes(codec, audio_S: np.ndarray) -> np.ndarray:
     return codec.model.quantizer.vq.encode(latent_1DT, n_q=16)[:, 0].numpy()
 
 
+@torch.inference_mode()
+def assert_as_encodec(codec, clip_S: np.ndarray) -> None:
+    """Hold the latents against each other, too: codes alone would hide most roundings."""
+    theirs_DT = codec.model.encoder(torch.from_numpy(clip_S)[None, None])[0]
+    assert torch.equal(TiledEncoder(codec.model).latents(clip_S), theirs_DT), len(clip_S)
+    assert np.array_equal(codec.encode([clip_S], 16)[0], encodec_codes(codec, clip_S)), len(clip_S)
+
+
 @pytest.mark.parametrize("samples", LENGTHS)
 def test_every_code_is_that_of_encodec(fitted_codec, one_thread, samples):
-    clip_S = sound(samples)
-    (ours_QT,) = fitted_codec.encode([clip_S], 16)
-    assert np.array_equal(ours_QT, encodec_codes(fitted_codec, clip_S))
+    assert_as_encodec(fitted_codec, sound(samples))
 
 
 def test_every_code_is_that_of_encodec_whatever_is_left_of_the_last_frame(fitted_codec, one_thread):
     """The last tile's convolutions are padded by what is missing of their strides: 2, 4, 5 and 8."""
     for rest in range(0, 320, 11):
-        clip_S = sound(960 + rest)
-        assert np.array_equal(fitted_codec.encode([clip_S], 16)[0], encodec_codes(fitted_codec, clip_S)), len(clip_S)
+        assert_as_encodec(fitted_codec, sound(960 + rest))
+
+
+def test_codes_do_not_depend_on_the_number_of_threads(fitted_codec, one_thread):
+    clip_S = sound(300_000)
+    encoder = TiledEncoder(fitted_codec.model)
+    alone_DT = encoder.latents(clip_S)
+    torch.set_num_threads(3)
+    assert torch.equal(encoder.latents(clip_S), alone_DT)
+    assert torch.get_num_threads() == 3
 
 
 def test_tile_that_forgot_what_was_before_it_would_show(fitted_codec):
