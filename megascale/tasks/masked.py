@@ -1,0 +1,97 @@
+"""Masked-token pretraining: its loss, its metrics, its validation. B batch, T frames, Q codebooks, V codebook size."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megascale.data.loader import Batch, DataConfig, TokenFolder, unigram_counts, validation_batches
+from megascale.data.transforms import MaskConfig
+from megascale.model.mega_audioformer import MaskedTokenOutput
+from megascale.tokens import CODEBOOK_SIZE
+from megascale.train.engine import Engine
+
+
+def masked_loss(output: MaskedTokenOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    report = {
+        "loss_Q": output.loss_Q,
+        "correct_Q": output.correct_Q,
+        "count_Q": output.count_Q,
+        "micro_batches": torch.ones((), device=output.loss_Q.device),
+        "clips": torch.tensor(float(len(batch["codes_BTQ"])), device=output.loss_Q.device),
+    }
+    return output.loss_Q.mean(), report
+
+
+def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
+    loss_Q = sums["loss_Q"] / sums["micro_batches"]
+    acc_Q = sums["correct_Q"] / sums["count_Q"]
+    metrics = {
+        "train/loss": float(loss_Q.mean()),
+        "train/acc": float(acc_Q.mean()),
+        "train/clips": float(sums["clips"]),
+    }
+    metrics["train/lr"] = float(sums["lr"] / sums["updates"])
+    metrics |= {f"train/loss_q{q}": float(v) for q, v in enumerate(loss_Q)}
+    return metrics | {f"train/acc_q{q}": float(v) for q, v in enumerate(acc_Q)}
+
+
+def note(metrics: dict[str, float]) -> str:
+    rate = metrics["train/clips"] / max(metrics["train/seconds"], 1e-9)
+    accuracy = f"q0 {metrics['train/acc_q0']:.3f}"
+    return f"loss {metrics['train/loss']:.3f}  accuracy {accuracy}  {rate:.1f} clips/s"
+
+
+class Validator:
+    """Loss and accuracy on held-out clips, beside a baseline that knows only how often each code occurs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: TokenFolder,
+        data: DataConfig,
+        mask: MaskConfig,
+        train: np.ndarray,
+        valid: np.ndarray,
+        micro_batch: int,
+        seed: int,
+    ) -> None:
+        """`train` and `valid` are numbers of the folder's clips: what the baseline counts, and what is held out."""
+        self._engine, self._folder, self._data, self._mask = engine, folder, data, mask
+        self._clips, self._micro_batch, self._seed = valid, micro_batch, seed
+        counts_QV = unigram_counts(folder, train)
+        self._mode_Q = torch.from_numpy(counts_QV.argmax(axis=1))
+        # add-one smoothing: a code that training clips never use must cost much, not infinitely much
+        smoothed_QV = (counts_QV + 1) / (counts_QV.sum(axis=1, keepdims=True) + CODEBOOK_SIZE)
+        self._unigram_nats_QV = torch.from_numpy(-np.log(smoothed_QV))
+        self.newest: dict[str, float] = {}
+
+    def __call__(self, steps: int) -> dict[str, float]:
+        if not len(self._clips):
+            return {}
+        total: dict[str, Tensor] = {}
+        for batch in self._batches():
+            output = self._engine.evaluate(batch)
+            clips = len(batch["codes_BTQ"])
+            values = {"loss": output.loss_Q * clips, "acc": output.correct_Q, "count": output.count_Q}
+            values |= self._unigram(batch)
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + value.double().cpu()
+        means = {"loss": total["loss"] / len(self._clips), "acc": total["acc"] / total["count"]}
+        means |= {name: total[name] / total["count"] for name in ("unigram_loss", "unigram_acc")}
+        self.newest = {f"valid/{name}": float(value.mean()) for name, value in means.items()}
+        for name, value in means.items():
+            self.newest |= {f"valid/{name}_q{q}": float(v) for q, v in enumerate(value)}
+        return self.newest
+
+    def _batches(self) -> Iterator[Batch]:
+        return validation_batches(self._folder, self._data, self._mask, self._clips, self._micro_batch, self._seed)
+
+    def _unigram(self, batch: Batch) -> dict[str, Tensor]:
+        codes, masked = batch["codes_BTQ"], batch["masked_BTQ"]
+        nats = torch.stack([self._unigram_nats_QV[q][codes[..., q]] for q in range(codes.shape[-1])], dim=-1)
+        return {
+            "unigram_loss": (nats * masked).sum(dim=(0, 1)),
+            "unigram_acc": ((codes == self._mode_Q) & masked).sum(dim=(0, 1)),
+        }
