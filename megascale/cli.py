@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import S, describe_keys, load_config
-from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped
+from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped, TrainingDiverged
 from megascale.log import rank
 from megascale.stopping import stop_on_signal
 
 _EXIT_CODES = (
-    "Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 75 stopped by SIGTERM after saving."
+    "Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 4 a loss or gradient is not finite, "
+    "75 stopped by SIGTERM after saving."
 )
 
 
@@ -124,7 +125,7 @@ def _tell(failure: MegascaleError) -> None:
     """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it."""
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    alone = joined and not isinstance(failure, (ConfigError, Stopped))
+    alone = joined and not isinstance(failure, (ConfigError, Stopped, TrainingDiverged))
     if rank() == 0 or alone:
         where = f"[rank {rank()}] " if rank() else ""
         print(f"{where}{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)

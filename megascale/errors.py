@@ -45,6 +45,12 @@ class QuarantineExceeded(MegascaleError):
     exit_code = 3
 
 
+class TrainingDiverged(MegascaleError):
+    """A loss or gradient is NaN or infinite; the weights are those before that step."""
+
+    exit_code = 4
+
+
 class Stopped(MegascaleError):
     """SIGTERM came: everything is saved, and the same command goes on from there."""
 

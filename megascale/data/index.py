@@ -90,6 +90,12 @@ class Manifest(Section):
     num_quarantined: int = Field(description="clips left out")
     seconds: float = Field(description="audio in all shards")
 
+    @property
+    def fingerprint(self) -> str:
+        """Return the sha256 over the codec's fingerprint and every shard's hash: the same wherever the folder lies."""
+        parts = [self.codec.fingerprint, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class StoredClip:

@@ -140,6 +140,11 @@ class PretrainBatches:
         starts = range(0, len(clips), self._micro_batch)
         return [self._micro(epoch, clips[i : i + self._micro_batch], drop_share) for i in starts]
 
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the clips in `micro_batches(step)`, in their order."""
+        _, places = self._order.batch(step)
+        return [self._folder.members[clip][1].key for clip in self._clips[places[self._mine]]]
+
     def _micro(self, epoch: int, clips: np.ndarray, drop_share: float) -> Batch:
         rows: list[Row] = []
         for clip in clips:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.model.config import ModelConfig
-from megascale.model.layers import INIT_STD, NORM_EPS, Block, initialise, rotary
+from megascale.model.layers import INIT_STD, NORM_EPS, Block, Blocks, initialise, rotary
 from megascale.tokens import CODEBOOK_SIZE
 
 _CODE_STD = 0.2  # of the codes' embeddings; everything else starts at INIT_STD or below
@@ -59,7 +59,7 @@ class GlobalEncoder(nn.Module):
         self.config, self.num_codebooks = config, num_codebooks
         self.embedding = CodeEmbedding(num_codebooks, config.width // num_codebooks)
         self.patch_proj = nn.Linear(config.width, config.width, bias=False)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width) for _ in range(config.layers))
+        self.blocks = Blocks(Block(config.width, config.heads, config.mlp_width) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -80,9 +80,7 @@ class GlobalEncoder(nn.Module):
             positions_BT = torch.arange(codes_BTQ.shape[1], device=codes_BTQ.device)[None]
         cos, sin = rotary(positions_BT, self.config.width // self.config.heads, self.config.rope_theta)
         x_BTD = self.patch_proj(self.embedding(codes_BTQ, masked_BTQ).flatten(2))
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos, sin, valid_BT)
-        return self.norm(x_BTD)
+        return self.norm(self.blocks(x_BTD, cos, sin, valid_BT))
 
 
 class LocalEncoder(nn.Module):
@@ -94,7 +92,7 @@ class LocalEncoder(nn.Module):
         width = config.local_width
         self.embedding = CodeEmbedding(num_codebooks, width)
         self.slot_proj = nn.Linear(config.width // num_codebooks, width, bias=False)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(width, config.local_heads, config.local_mlp_width) for _ in range(config.local_layers)
         )
         self.norm = nn.RMSNorm(width, eps=NORM_EPS)
@@ -106,9 +104,7 @@ class LocalEncoder(nn.Module):
         cos, sin = rotary(positions_1Q, self.config.local_width // self.config.local_heads, self.config.rope_theta)
         slots_PQS = x_PD.unflatten(-1, (self.num_codebooks, -1))
         h_PQL = self.embedding(codes_PQ, masked_PQ) + self.slot_proj(slots_PQS)
-        for block in self.blocks:
-            h_PQL = block(h_PQL, cos, sin, None)
-        return self.norm(h_PQL)
+        return self.norm(self.blocks(h_PQL, cos, sin, None))
 
 
 class MegaAudioFormer(nn.Module):
@@ -181,6 +177,22 @@ class AudioClassifier(nn.Module):
             return self.head(x_BTD.mean(dim=1))
         weight_BT = valid_BT / valid_BT.sum(dim=1, keepdim=True)
         return self.head(torch.einsum("btd,bt->bd", x_BTD, weight_BT.to(x_BTD.dtype)))
+
+
+def prepare_training(module: nn.Module, recompute: bool, compile: bool) -> None:
+    """Set how every Transformer block is run; weights and their names stay as they are.
+
+    Args:
+        module: any model of this file.
+        recompute: trade time for activation memory (`Blocks`).
+        compile: compile each block by itself, so that all blocks of a kind share one compilation.
+    """
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            part.recompute = recompute
+            if compile:
+                for block in part:
+                    block.compile()
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -38,9 +38,10 @@ from megascale.model.mega_audioformer import AudioClassifier, count_parameters
 from megascale.storage import StorageConfig
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train.checkpoint import read_model, write_model
-from megascale.train.engine import Engine, ZeroConfig, init_distributed
+from megascale.train.engine import Engine, init_distributed
 from megascale.train.loop import Hooks, fit
 from megascale.train.schedule import OptimConfig
+from megascale.train.zero import ZeroConfig
 
 
 class FinetuneDataConfig(Section):

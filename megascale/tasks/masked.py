@@ -1,13 +1,20 @@
 """Masked-token pretraining: its loss, its metrics, its validation. B batch, T frames, Q codebooks, V codebook size."""
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from megascale import storage
 from megascale.data.loader import Batch, DataConfig, TokenFolder, unigram_counts, validation_batches
 from megascale.data.transforms import MaskConfig
+from megascale.log import rank
 from megascale.model.mega_audioformer import MaskedTokenOutput
 from megascale.tokens import CODEBOOK_SIZE
 from megascale.train.engine import Engine
@@ -95,3 +102,25 @@ class Validator:
             "unigram_loss": (nats * masked).sum(dim=(0, 1)),
             "unigram_acc": ((codes == self._mode_Q) & masked).sum(dim=(0, 1)),
         }
+
+
+class DivergenceReport:
+    """Writes down what was in the batch when a loss or gradient was not finite: clip keys and losses (`.json`), and the
+    batch itself (`.safetensors`), for each rank."""
+
+    def __init__(self, keys: Callable[[int], list[str]], folder: Path) -> None:
+        """`keys`: step (from 0) -> keys of this rank's clips."""
+        self._keys, self._folder = keys, folder
+
+    def __call__(self, step: int, micro_batches: list[Batch], losses: list[float]) -> str:
+        """Return the path of the JSON file."""
+        keys, parts = iter(self._keys(step)), []
+        tensors: dict[str, Tensor] = {}
+        for number, (batch, loss) in enumerate(zip(micro_batches, losses, strict=True)):
+            clips = list(islice(keys, len(batch["codes_BTQ"])))
+            parts.append({"loss": loss if math.isfinite(loss) else str(loss), "clips": clips})
+            tensors |= {f"{number}.{name}": value.contiguous() for name, value in batch.items()}
+        path = self._folder / f"step-{step + 1:08d}-rank-{rank():05d}.json"
+        storage.publish_bytes(str(path.with_suffix(".safetensors")), safetensors.torch.save(tensors))
+        storage.publish_bytes(str(path), json.dumps({"step": step + 1, "micro_batches": parts}, indent=1).encode())
+        return str(path)

@@ -1,5 +1,6 @@
 """Pretraining: masked tokens, DeepSpeed, kept checkpoints. (paper, section 3)"""
 
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,18 +18,27 @@ from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import ConfigError, DataError
 from megascale.log import MetricLog, duration, rank, say, world_size
 from megascale.model.config import ModelConfig
-from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters
+from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters, prepare_training
 from megascale.storage import StorageConfig
-from megascale.tasks.masked import Validator, masked_loss, note, summarise
+from megascale.tasks.masked import DivergenceReport, Validator, masked_loss, note, summarise
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.engine import Engine, ZeroConfig, barrier, init_distributed
+from megascale.train.engine import Engine, barrier, init_distributed
 from megascale.train.loop import Hooks, fit
-from megascale.train.saver import Saver, resume
+from megascale.train.profiling import StepProfiler
+from megascale.train.saver import Saver, Start, find_start, resume
 from megascale.train.schedule import OptimConfig
+from megascale.train.zero import ZeroConfig
 
-_MAY_CHANGE = ("checkpoint.", "log.", "storage.", "train.micro_batch", "data.cache")
+_MAY_CHANGE = (
+    *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
+    *(
+        "data.cache",
+        "data.url",
+        "output.url",
+    ),  # tokens and run may have been moved: `_go_on` looks whether they are the same
+)
 
 
 class TrainConfig(Section):
@@ -36,7 +46,16 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1, description="updates")
     global_batch: int = Field(ge=1, description="clips per update, over all ranks")
-    micro_batch: int = Field(ge=1, description="clips per rank and forward pass")
+    micro_batch: int = Field(
+        ge=1, description="clips per rank and forward pass; fewer where a rank's share asks for it"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep what lies between blocks alone, and compute the rest again in the backward pass"
+    )
+    compile: bool = Field(False, description="torch.compile each Transformer block; needs a C++ compiler on CPUs")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="also keep the weights' exponential moving average, in model_ema/; null: off"
+    )
     validate_every: int = Field(1000, ge=1, description="updates between validations; the last is always validated")
     valid_clips: int = Field(1024, ge=1, description="at most so many held-out clips are validated")
 
@@ -45,6 +64,9 @@ class LogConfig(Section):
     """What is reported where."""
 
     every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last update, from 1, to record with torch.profiler, in RUN/profile/"
+    )
     wandb_project: str | None = Field(None, description="also log to this wandb project (extra megascale[wandb])")
 
 
@@ -76,7 +98,7 @@ def describe_plan(config: PretrainConfig) -> str:
     storage.configure(config.storage)
     run_folder.check_config(storage.local_path(config.output.url), config, "pretrain", _MAY_CHANGE)
     data, model = _open_data(config), _build_model(config)
-    _accumulation(config, world_size(), data.order)
+    _micro_batch(config, world_size())
     weights, manifest = count_parameters(model), data.folder.manifest
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
     return "\n".join(
@@ -110,40 +132,50 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
         return finished
     data, model = _open_data(config), _build_model(config)
-    _accumulation(config, world_size(), data.order)
+    _micro_batch(config, world_size())
     with run_folder.lock(path) if rank() == 0 else nullcontext():
         return _train(config, path, data, model)
 
 
 def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer) -> dict[str, Any]:
     rank, ranks = init_distributed()
-    accumulation = _accumulation(config, ranks, data.order)
+    micro_batch = _micro_batch(config, ranks)
+    checkpoints = path / "checkpoints"
+    found = find_start(checkpoints)
+    num_parameters = count_parameters(model)  # before ZeRO-3 takes them apart
+    prepare_training(model, config.train.activation_checkpointing, config.train.compile)
+    engine = Engine(
+        model,
+        config.optim,
+        config.zero,
+        micro_batch,
+        config.train.global_batch // ranks // micro_batch,
+        config.train.steps,
+        config.train.ema_decay,
+        universal=found is not None and found.universal,
+    )
     if rank == 0:
         run_folder.write_config(path, config)
-    engine = Engine(model, config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps)
-    start = _resume(engine, path, config)
+        storage.publish_bytes(str(path / "deepspeed.json"), json.dumps(engine.settings, indent=1).encode())
+    start = _go_on(engine, found, data.folder, config) if found is not None else 0
     log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
-    micro = config.train.micro_batch
     batches = PretrainBatches(
-        data.folder, config.data, config.mask, config.drop, data.order, data.train, micro, rank, ranks
+        data.folder, config.data, config.mask, config.drop, data.order, data.train, micro_batch, rank, ranks
     )
     validator = Validator(
-        engine, data.folder, config.data, config.mask, data.train, data.valid, config.train.micro_batch, config.seed
+        engine, data.folder, config.data, config.mask, data.train, data.valid, micro_batch, config.seed
     )
-    saver = Saver(
-        engine,
-        path / "checkpoints",
-        config.checkpoint,
-        model_facts(config, data.folder),
-        config.train.global_batch,
+    saver = Saver(engine, checkpoints, config.checkpoint, model_facts(config, data.folder), config.train.global_batch)
+    say(
+        f"{num_parameters / 1e6:.2f}M parameters, {len(data.train)} clips; {ranks} ranks x "
+        f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
     )
-    say(f"{count_parameters(engine.module) / 1e6:.2f}M parameters, {len(data.train)} clips, {ranks} ranks")
     started = time.monotonic()
     fit(
         engine,
         prefetch(batches.micro_batches, start, config.train.steps),
         masked_loss,
-        Hooks(summarise, validator, saver, note),
+        Hooks(summarise, validator, saver, note, DivergenceReport(batches.keys, path / "diverged")),
         log,
         title=f"pretraining {config.data.bitrate_kbps:g} kbps",
         start=start,
@@ -151,6 +183,7 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         log_every=config.log.every,
         validate_every=config.train.validate_every,
         save_every=config.checkpoint.every,
+        profiler=StepProfiler(config.log.profile_steps, path / "profile"),
     )
     log.close()
     if start == config.train.steps:  # an earlier start ended between its last save and its result
@@ -164,6 +197,17 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
     return result
+
+
+def _go_on(engine: Engine, found: Start, folder: TokenFolder, config: PretrainConfig) -> int:
+    """Load a checkpoint; return the updates it has behind it."""
+    if checkpoint.read_facts(found.folder / "model")["corpus"] != folder.manifest.fingerprint:
+        raise DataError(f"{folder.url}: not the tokens that {found.folder} was trained on; choose another output.url")
+    resume(engine, found)
+    start = found.manifest.consumed_samples // config.train.global_batch
+    by = f", saved by {found.manifest.world_size} ranks" if found.universal else ""
+    say(f"going on from {found.folder} (step {start} of {config.train.steps}{by})")
+    return start
 
 
 @dataclass(frozen=True)
@@ -193,16 +237,14 @@ def _build_model(config: PretrainConfig) -> MegaAudioFormer:
         raise ConfigError(f"pretrain.{failure}") from None
 
 
-def _accumulation(config: PretrainConfig, ranks: int, order: Order) -> int:
-    each, rest = divmod(config.train.global_batch, ranks * config.train.micro_batch)
+def _micro_batch(config: PretrainConfig, ranks: int) -> int:
+    """Return the most clips a rank can take at a time: `train.micro_batch`, or the next below that divides its share."""
+    share, rest = divmod(config.train.global_batch, ranks)
     if rest:
         raise ConfigError(
-            f"pretrain.train.global_batch={config.train.global_batch}: must be a multiple of "
-            f"{ranks} ranks x micro_batch={config.train.micro_batch}"
+            f"pretrain.train.global_batch={config.train.global_batch}: must be a multiple of {ranks} ranks"
         )
-    if order.streams % ranks:
-        raise ConfigError(f"pretrain.data.streams={order.streams}: must be a multiple of the {ranks} ranks")
-    return each
+    return max(n for n in range(1, min(share, config.train.micro_batch) + 1) if share % n == 0)
 
 
 def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:
@@ -212,17 +254,9 @@ def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:
         "model": config.model.model_dump(mode="json"),
         "num_codebooks": folder.num_codebooks,
         "codec": folder.manifest.codec.model_dump(mode="json"),
+        "corpus": folder.manifest.fingerprint,
         "clip_frames": round(config.data.clip_seconds * FRAMES_PER_SECOND),
     }
-
-
-def _resume(engine: Engine, run_path: Path, config: PretrainConfig) -> int:
-    consumed = resume(engine, run_path / "checkpoints")
-    start = consumed // config.train.global_batch
-    if consumed:
-        newest = checkpoint.step_folder(run_path / "checkpoints", start)
-        say(f"going on from {newest} (step {start} of {config.train.steps})")
-    return start
 
 
 def _result(

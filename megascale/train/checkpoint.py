@@ -1,7 +1,7 @@
 """Checkpoints: a folder counts only when its manifest, written last, names every file with its hash.
 
 checkpoints/step-00001000/ holds DeepSpeed's files, rank-00000.safetensors (RNG, samples consumed) for each rank, model/
-(safetensors and config.json, loadable without DeepSpeed), and manifest.json.
+(safetensors and config.json, loadable without DeepSpeed), model_ema/ where averages are kept, and manifest.json.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from megascale.config import Section
 from megascale.errors import CheckpointError
 
 _MANIFEST = "manifest.json"
+EMA = "model_ema"  # beside model/, of the same form
 
 
 class CheckpointConfig(Section):
@@ -152,6 +153,19 @@ def write_model(folder: Path, weights: dict[str, Tensor], facts: dict[str, Any])
     storage.publish_bytes(str(folder / "config.json"), json.dumps(facts, indent=1).encode())
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a `model/` folder, on the CPU."""
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a `model/` folder. Raises ValueError: no JSON mapping."""
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(facts, dict):
+        raise ValueError("config.json holds no mapping")
+    return facts
+
+
 def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint folder (`step-…`, verified first), a run folder (its best one), or a bare `model/` folder.
 
@@ -171,10 +185,7 @@ def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{url}: no checkpoint here: {folder / name} is missing")
     try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError("config.json holds no mapping")
-        return safetensors.torch.load_file(folder / "model.safetensors"), facts
+        return read_weights(folder), read_facts(folder)
     except (OSError, ValueError, safetensors.SafetensorError) as failure:
         raise CheckpointError(f"{url}: cannot be read: {failure}") from None
 

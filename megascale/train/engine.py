@@ -1,11 +1,16 @@
 """DeepSpeed behind a few calls; the only file here that imports it."""
 
 import logging
+import math
 import os
+import shutil
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,32 +18,14 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns in every process that it found none
 
 import deepspeed
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from megascale.config import Section
 from megascale.errors import CheckpointError
 from megascale.train.schedule import OptimConfig, lr_factor
+from megascale.train.zero import ZeroConfig, deepspeed_settings
 
 Batch = dict[str, Tensor]
 LossFn = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
-
-
-class ZeroConfig(Section):
-    """DeepSpeed ZeRO."""
-
-    stage: Literal[0, 1, 2, 3] = Field(1, description="what is sharded: 1 optimizer, 2 and gradients, 3 and weights")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 keeps fp32 master weights, and needs stage 1 or above; slow on most CPUs"
-    )
-
-    @model_validator(mode="after")
-    def _bf16_has_master_weights(self) -> "ZeroConfig":
-        if self.precision == "bf16" and self.stage == 0:
-            raise ValueError(
-                "precision=bf16 with stage=0 would keep no fp32 weights to add small updates to; take stage 1"
-            )
-        return self
 
 
 def init_distributed() -> tuple[int, int]:
@@ -80,6 +67,17 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+class NonFiniteError(Exception):
+    """A loss or gradient is NaN or infinite; nothing was updated, on any rank.
+
+    `losses`: this rank's loss of each micro-batch.
+    """
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__(f"losses {losses}")
+        self.losses = losses
+
+
 class Engine:
     """A model with its optimizer, sharded by ZeRO."""
 
@@ -91,6 +89,8 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         num_steps: int,
+        ema_decay: float | None = None,
+        universal: bool = False,
     ) -> None:
         """
         Args:
@@ -100,23 +100,25 @@ class Engine:
             micro_batch: clips per rank and forward pass.
             accumulation: forward passes per update.
             num_steps: length of the schedule.
+            ema_decay: keep an exponential moving average of the weights, too.
+            universal: whether `load` will get a checkpoint that `convert` made.
+
+        Raises:
+            ConfigError: the user's DeepSpeed JSON does not fit.
         """
-        self._optim, self._num_steps, self._accumulation = optim, num_steps, accumulation
-        self.settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {"stage": zero.stage},
-            "bf16": {"enabled": zero.precision == "bf16"},
-            "steps_per_print": 2**62,  # our own loop reports
-        }
+        self._optim, self.stage, self._num_steps, self._accumulation = optim, zero.stage, num_steps, accumulation
+        self.universal = universal and zero.stage > 0  # ZeRO-0 keeps everything on every rank: nothing to convert
+        self.settings = deepspeed_settings(optim, zero, micro_batch, accumulation, self.universal)
         groups = [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=zero.offload_optimizer or None)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=self.settings)
         self.device = self._engine.device
+        self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        self._ema_decay = ema_decay
+        self._ema = self._copies() if ema_decay is not None else []
 
     @property
     def module(self) -> nn.Module:
@@ -127,24 +129,51 @@ class Engine:
         """Do one update on this rank's share of a global batch.
 
         Returns:
-            Sums over the micro-batches of what the loss function reported, and `lr` and `updates`.
+            Sums over the micro-batches of what the loss function reported, and `lr`, `grad_norm` (before clipping) and
+            `updates`.
+
+        Raises:
+            NonFiniteError: on every rank, before the update.
         """
         assert len(micro_batches) == self._accumulation, "the loader cuts what the engine expects"
         lr = self._optim.lr * lr_factor(step, self._num_steps, self._optim)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for batch in micro_batches:
             batch = self.to_device(batch)
             inputs = {name: value for name, value in batch.items() if not name.startswith("targets_")}
             loss, report = loss_fn(self._engine(**inputs), batch)
-            self._engine.backward(loss)
-            self._engine.step()
+            losses.append(loss.detach())
+            # a loss that is not finite makes every gradient NaN, so that the norm tells of it, on all ranks
+            self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
+            if len(losses) == self._accumulation:
+                grad_norm = self._update(losses)
+            else:
+                self._engine.step()
             for name, value in report.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         # one value per update: dividing by `updates` gives its mean
-        sums |= {"lr": torch.tensor(lr, device=self.device), "updates": torch.ones((), device=self.device)}
-        return sums
+        once = {"lr": lr, "grad_norm": grad_norm, "updates": 1.0}
+        return sums | {name: torch.tensor(value, device=self.device) for name, value in once.items()}
+
+    def _update(self, losses: list[Tensor]) -> float:
+        if self.stage == 0:  # DeepSpeed looks at the norm before it updates under ZeRO alone
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                raise NonFiniteError([float(loss) for loss in losses])
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            if not math.isfinite(norm):
+                raise NonFiniteError([float(loss) for loss in losses])
+        if self._ema_decay is not None:
+            for average, partition in zip(self._ema, self._partitions(), strict=True):
+                average.lerp_(partition, 1.0 - self._ema_decay)
+        return norm
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to the model's device."""
@@ -170,6 +199,48 @@ class Engine:
                 weights[name] = value.float().cpu().clone()
         return weights
 
+    def full_ema(self) -> dict[str, Tensor] | None:
+        """Return the weights' moving averages as `full_weights` returns weights; None if none are kept."""
+        if self._ema_decay is None:
+            return None
+        with self._kept_weights():
+            self._write_partitions(self._ema)
+            return self.full_weights()
+
+    def load_ema(self, weights: dict[str, Tensor]) -> None:
+        """Go on from moving averages that `full_ema` returned; every rank must call it with all of them."""
+        with self._kept_weights(), torch.no_grad():
+            for name, parameter in self._engine.module.named_parameters():
+                if self.stage == 0:
+                    parameter.copy_(weights[name])
+                else:
+                    deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+            self._ema = self._copies()
+
+    def _partitions(self) -> list[Tensor]:
+        """Return this rank's share of the fp32 weights, as DeepSpeed keeps it."""
+        if self.stage == 0:
+            return [parameter.data for parameter in self._engine.module.parameters()]
+        optimizer = self._engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        return [partition.data for partition in flat]
+
+    def _copies(self) -> list[Tensor]:
+        return [partition.clone() for partition in self._partitions()]
+
+    def _write_partitions(self, values: list[Tensor]) -> None:
+        for partition, value in zip(self._partitions(), values, strict=True):
+            partition.copy_(value)
+
+    @contextmanager
+    def _kept_weights(self) -> Iterator[None]:
+        """Put the fp32 weights back at the end of the block, bit by bit."""
+        kept = self._copies()
+        try:
+            yield
+        finally:
+            self._write_partitions(kept)
+
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's files of this rank into `folder`; every rank must call it."""
         self._engine.save_checkpoint(
@@ -177,7 +248,42 @@ class Engine:
         )
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same world size. The caller has verified the files' hashes: this unpickles."""
+        """Read what `save` wrote, at the same world size, or what `convert` made of it, at any.
+
+        The caller has verified the files' hashes: this unpickles.
+        """
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load")
+        if self.universal:
+            self._mend_universal()
+
+    def _mend_universal(self) -> None:
+        """Set right what DeepSpeed 0.19 leaves wrong after it has loaded a universal checkpoint."""
+        optimizer = self._engine.optimizer
+        # every group gets the settings of the first, and norms would begin to decay
+        for group, decay in zip(self._optimizer.param_groups, self._decays, strict=True):
+            group["weight_decay"] = decay
+        # under ZeRO-3 all groups share one step counter, which each of them would count up
+        for state in optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+        if self.stage == 3 and (persistent := optimizer.persistent_parameters):
+            # small weights, which every rank keeps whole, are still those of before
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def convert(folder: Path, target: Path) -> None:
+    """Make a universal checkpoint, which any number of ranks can load, of a verified one; one process alone calls it.
+
+    Raises:
+        CheckpointError: DeepSpeed's converter failed.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    arguments = ["--input_folder", str(folder), "--output_folder", str(target), "--inject_missing_state"]
+    # another process: the converter forks workers, which a process that talks to other ranks must not
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        raise CheckpointError(f"{folder}: cannot be converted for another number of ranks: {last}")

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
-from megascale.errors import Stopped
+from megascale.errors import Stopped, TrainingDiverged
 from megascale.log import MetricLog, Progress
 from megascale.stopping import StopSignal
-from megascale.train.engine import Batch, Engine, LossFn, any_rank
+from megascale.train.engine import Batch, Engine, LossFn, NonFiniteError, any_rank
 from megascale.train.metrics import Sums
+from megascale.train.profiling import StepProfiler
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Hooks:
 
     summarise: sums over all ranks since the last report -> metrics by name.
     validate: steps -> metrics; called every `validate_every` updates and after the last.
+    diverged: step (from 0), this rank's micro-batches and their losses, when a loss or gradient is not finite -> where
+        it was written down; None writes nothing.
     save: steps and the newest validation metrics (empty if there are none for this step); None keeps nothing.
     note: metrics -> what the progress line says.
     """
@@ -31,6 +35,7 @@ class Hooks:
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int, dict[str, float]], None] | None
     note: Callable[[dict[str, float]], str]
+    diverged: Callable[[int, list[Batch], list[float]], str] | None = None
 
 
 def fit(
@@ -45,26 +50,40 @@ def fit(
     log_every: int,
     validate_every: int,
     save_every: int,
+    profiler: StepProfiler | None = None,
 ) -> None:
     """Train from update `start` to `num_steps`. `batches` yields this rank's micro-batches, from `start` on.
 
     Raises:
+        TrainingDiverged: a loss or gradient is not finite; that update was not done.
         Stopped: SIGTERM or Ctrl-C came; the state was saved first, if the hooks save.
     """
     progress = Progress(title, num_steps, start, "steps")
-    sums, since, waited = Sums(), time.monotonic(), 0.0
-    with StopSignal() as stop, closing(progress):
+    profiler = profiler or StepProfiler(None, Path())
+    sums, since = Sums(), time.monotonic()
+    waits: list[float] = []  # seconds, one a step since the last report
+    with StopSignal() as stop, closing(progress), closing(profiler):
         for step in range(start, num_steps):
+            done, last = step + 1, step + 1 == num_steps
+            profiler.begin(done)
             asked = time.monotonic()
             micro_batches = next(batches)
-            waited += time.monotonic() - asked
-            sums.add(engine.train_step(step, micro_batches, loss_fn))
-            done, last = step + 1, step + 1 == num_steps
+            waits.append(time.monotonic() - asked)
+            try:
+                sums.add(engine.train_step(step, micro_batches, loss_fn))
+            except NonFiniteError as failure:
+                raise _diverged(hooks, step, micro_batches, failure) from None
+            profiler.end(done)
             if done % log_every == 0 or last:
                 metrics = hooks.summarise(sums.take())
-                now = time.monotonic()
-                metrics |= {"train/seconds": now - since, "train/data_wait_share": waited / max(now - since, 1e-9)}
-                since, waited = now, 0.0
+                seconds = max(time.monotonic() - since, 1e-9)
+                metrics |= {
+                    "train/seconds": seconds,
+                    "train/data_wait_share": sum(waits) / seconds,
+                    "train/data_wait_ms": 1000 * sum(waits) / len(waits),
+                    "train/data_wait_max_ms": 1000 * max(waits),
+                }
+                since, waits = time.monotonic(), []
                 log.write(done, metrics)
                 progress.update(done, hooks.note(metrics))
             paused = time.monotonic()
@@ -79,3 +98,14 @@ def fit(
             if stopping and not last:
                 kept = "nothing of it is kept" if hooks.save is None else "saved"
                 raise Stopped(f"stopped after step {done}, {kept}; run the same command to go on")
+
+
+def _diverged(hooks: Hooks, step: int, micro_batches: list[Batch], failure: NonFiniteError) -> TrainingDiverged:
+    where = (
+        ""
+        if hooks.diverged is None
+        else f"; what was in the batch: {hooks.diverged(step, micro_batches, failure.losses)}"
+    )
+    return TrainingDiverged(
+        f"step {step + 1}: the loss or a gradient is not finite (losses here {failure.losses}); nothing was updated{where}"
+    )

@@ -1,14 +1,15 @@
 """Saving a run's checkpoints and finding the one to go on from, by the contract of `checkpoint.py`."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 
-from megascale.errors import CheckpointError
 from megascale.train import checkpoint
-from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.engine import Engine, barrier
+from megascale.train.checkpoint import CheckpointConfig, CheckpointManifest
+from megascale.train.engine import Engine, barrier, convert
 
 
 class Saver:
@@ -41,6 +42,9 @@ class Saver:
         weights = self._engine.full_weights()
         if self._rank == 0:
             checkpoint.write_model(path / "model", weights, self._facts)
+        averages = self._engine.full_ema()
+        if self._rank == 0 and averages is not None:
+            checkpoint.write_model(path / checkpoint.EMA, averages, self._facts)
         barrier()
         if self._rank == 0:
             checkpoint.commit(path, steps, consumed, self._world_size, validated.get("valid/loss"))
@@ -48,24 +52,50 @@ class Saver:
         barrier()
 
 
-def resume(engine: Engine, checkpoints: Path) -> int:
-    """Load the newest committed checkpoint, verified first; every rank must call it.
+@dataclass(frozen=True)
+class Start:
+    """The verified checkpoint that a run goes on from."""
 
-    Returns:
-        Samples consumed; 0 if there is no checkpoint.
+    folder: Path
+    manifest: CheckpointManifest
+
+    @property
+    def universal(self) -> bool:
+        """Whether another number of ranks wrote it, so that it has to be converted."""
+        return self.manifest.world_size != torch.distributed.get_world_size()
+
+
+def find_start(checkpoints: Path) -> Start | None:
+    """Return the newest committed checkpoint, every file verified; None if there is none.
 
     Raises:
-        CheckpointError: a file was changed, or another number of ranks wrote it.
+        CheckpointError: a file is missing or changed.
     """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = checkpoint.committed(checkpoints)
-    if not found:
-        return 0
-    manifest = checkpoint.verify(found[-1])
-    if manifest.world_size != world_size:
-        raise CheckpointError(
-            f"{found[-1]}: saved by {manifest.world_size} ranks; go on with as many, not {world_size}"
-        )
-    engine.load(found[-1])
-    checkpoint.load_rank_state(found[-1], rank)
-    return manifest.consumed_samples
+    return Start(found[-1], checkpoint.verify(found[-1])) if found else None
+
+
+def resume(engine: Engine, start: Start) -> None:
+    """Load a checkpoint into an engine that was made for it (`universal`); every rank must call it.
+
+    With as many ranks as wrote it, the run goes on bit by bit; with another number it is converted first, and sums are
+    rounded in another order from there on. ZeRO-0 keeps everything on every rank and needs no conversion.
+
+    Raises:
+        CheckpointError: it cannot be converted, or a rank's state does not fit.
+    """
+    rank = torch.distributed.get_rank()
+    if engine.universal:
+        converted = start.folder.parent / f".universal-{start.folder.name}"
+        if rank == 0:
+            convert(start.folder, converted)
+        barrier()
+        engine.load(converted)
+        barrier()
+        if rank == 0:
+            shutil.rmtree(converted)
+    else:
+        engine.load(start.folder)
+    checkpoint.load_rank_state(start.folder, rank % start.manifest.world_size)
+    if (start.folder / checkpoint.EMA).is_dir():
+        engine.load_ema(checkpoint.read_weights(start.folder / checkpoint.EMA))

@@ -191,7 +191,6 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
         ("pretrain", "train.global_batch=64", "DataError: "),
         ("pretrain", "output.url=s3://bucket/run", "StorageError: s3://bucket/run: a local path is needed here"),
         ("pretrain", "data.bitrate_kbps=12 model.width=36", "ConfigError: pretrain.model.width=36"),
-        ("pretrain", "train.micro_batch=3", "ConfigError: pretrain.train.global_batch=4: must be a multiple of"),
         ("pretrain", "zero.stage=0 zero.precision=bf16", "ConfigError: pretrain.zero: precision=bf16 with stage=0"),
         ("finetune", "task.label=mood", "DataError: 0000.wav: has no label 'mood'"),
         ("finetune", "checkpoint=gone", "CheckpointError: gone"),
@@ -204,6 +203,12 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
 def test_input_that_cannot_be_used_is_told_before_anything_is_written(call, work, monkeypatch, job, wrong, line):
     monkeypatch.setattr("megascale.tasks.pretrain.init_distributed", lambda: (0, 1))
     assert refused(call, work, job, *wrong.split()).startswith(line)
+
+
+def test_global_batch_that_the_ranks_cannot_share_is_refused(call, work, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = "ConfigError: pretrain.train.global_batch=4: must be a multiple of 3 ranks"
+    assert refused(call, work, "pretrain", "train.micro_batch=1").startswith(line)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from megascale.errors import Stopped
 from megascale.log import MetricLog, read_metrics
-from megascale.train.engine import Batch, Engine, ZeroConfig, init_distributed
+from megascale.train.engine import Batch, Engine, init_distributed
 from megascale.train.loop import Hooks, fit
 from megascale.train.schedule import OptimConfig, lr_factor
+from megascale.train.zero import ZeroConfig
 
 STEPS = 7
 OPTIM = OptimConfig(lr=0.1)
