@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import S, describe_keys, load_config
-from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped, TrainingDiverged
+from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded
 from megascale.log import rank
 from megascale.stopping import stop_on_signal
 
@@ -125,8 +125,7 @@ def _tell(failure: MegascaleError) -> None:
     """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it."""
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    alone = joined and not isinstance(failure, (ConfigError, Stopped, TrainingDiverged))
-    if rank() == 0 or alone:
+    if rank() == 0 or (joined and not failure.on_every_rank):
         where = f"[rank {rank()}] " if rank() else ""
         print(f"{where}{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
 

@@ -5,10 +5,13 @@ class MegascaleError(Exception):
     """A mistake outside the code: one line that names the file or key; the job exits with `exit_code`."""
 
     exit_code = 2
+    on_every_rank = False  # whether rank 0 meets it as well, so that one line is enough
 
 
 class ConfigError(MegascaleError):
     """An unknown key, a bad value, or settings that contradict each other."""
+
+    on_every_rank = True
 
 
 class StorageError(MegascaleError):
@@ -49,9 +52,11 @@ class TrainingDiverged(MegascaleError):
     """A loss or gradient is NaN or infinite; the weights are those before that step."""
 
     exit_code = 4
+    on_every_rank = True
 
 
 class Stopped(MegascaleError):
     """SIGTERM came: everything is saved, and the same command goes on from there."""
 
     exit_code = 75
+    on_every_rank = True

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -20,10 +20,11 @@ if not torch.accelerator.is_available():
 import deepspeed
 from torch import Tensor, nn
 
-from megascale.errors import CheckpointError
+from megascale.errors import CheckpointError, MegascaleError
 from megascale.train.schedule import OptimConfig, lr_factor
 from megascale.train.zero import ZeroConfig, deepspeed_settings
 
+T = TypeVar("T")
 Batch = dict[str, Tensor]
 LossFn = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -65,6 +66,21 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return bool(value.item())
+
+
+def on_first_rank(call: Callable[[], T]) -> T:
+    """Call on rank 0 alone, and return its result, or raise its MegascaleError, on every rank."""
+    told: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = call()
+        except MegascaleError as failure:
+            failure.on_every_rank = True
+            told[1] = failure
+    torch.distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return cast(T, told[0])
 
 
 class NonFiniteError(Exception):

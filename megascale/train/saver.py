@@ -9,7 +9,7 @@ import torch.distributed
 
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig, CheckpointManifest
-from megascale.train.engine import Engine, barrier, convert
+from megascale.train.engine import Engine, barrier, convert, on_first_rank
 
 
 class Saver:
@@ -66,13 +66,17 @@ class Start:
 
 
 def find_start(checkpoints: Path) -> Start | None:
-    """Return the newest committed checkpoint, every file verified; None if there is none.
+    """Return the newest committed checkpoint, every file verified; None if there is none. Every rank must call it.
 
     Raises:
         CheckpointError: a file is missing or changed.
     """
-    found = checkpoint.committed(checkpoints)
-    return Start(found[-1], checkpoint.verify(found[-1])) if found else None
+
+    def find() -> Start | None:
+        found = checkpoint.committed(checkpoints)
+        return Start(found[-1], checkpoint.verify(found[-1])) if found else None
+
+    return on_first_rank(find)
 
 
 def resume(engine: Engine, start: Start) -> None:
@@ -86,10 +90,8 @@ def resume(engine: Engine, start: Start) -> None:
     """
     rank = torch.distributed.get_rank()
     if engine.universal:
-        converted = start.folder.parent / f".universal-{start.folder.name}"
-        if rank == 0:
-            convert(start.folder, converted)
-        barrier()
+        converted = start.folder.parent / ".universal"
+        on_first_rank(lambda: convert(start.folder, converted))
         engine.load(converted)
         barrier()
         if rank == 0:

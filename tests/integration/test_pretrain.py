@@ -128,16 +128,6 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(tokens, tmp_path,
     assert checkpoint.verify(saved).world_size == 2
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_trains_like_stage_1(tokens, straight, tmp_path, stage):
-    run(deepspeed(2, "pretrain.py", *arguments(tokens, tmp_path / "run", f"zero.stage={stage}")))
-    ours, reference = weights(tmp_path / "run", 6), weights(straight, 6)
-    assert ours.keys() == reference.keys()
-    for name in ours:
-        # stages sum gradients in another order; AdamW makes of a rounding difference up to a few 1e-6 in 6 steps
-        torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-4)
-
-
 def test_what_can_be_learned_is_learned_beyond_the_unigram_baseline(tokens, tmp_path):
     overrides = ["train.steps=150", "train.global_batch=8", "train.micro_batch=8", "optim.lr=1e-2", "log.every=50"]
     run(command("pretrain.py", *arguments(tokens, tmp_path / "run", *overrides, "train.validate_every=150")))

@@ -168,7 +168,7 @@ def worker_of(driver) -> psutil.Process | None:
     return next((p for p in workers if p.pid in ours), None)
 
 
-def wait_for(ready, driver, seconds: float = 120):
+def wait_for(ready, driver, seconds: float = 120, pause: float = 0.02):
     """Poll until something is there; a driver that ends before is a failure."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -176,7 +176,7 @@ def wait_for(ready, driver, seconds: float = 120):
         if found:
             return found
         assert driver.poll() is None, f"the job ended too early:\n{driver.stderr.read()[-2000:]}"
-        time.sleep(0.02)
+        time.sleep(pause)
     raise AssertionError("it never came")
 
 
