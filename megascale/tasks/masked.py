@@ -39,7 +39,8 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
         "train/acc": float(acc_Q.mean()),
         "train/clips": float(sums["clips"]),
     }
-    metrics["train/lr"] = float(sums["lr"] / sums["updates"])
+    for name in ("lr", "grad_norm"):
+        metrics[f"train/{name}"] = float(sums[name] / sums["updates"])
     metrics |= {f"train/loss_q{q}": float(v) for q, v in enumerate(loss_Q)}
     return metrics | {f"train/acc_q{q}": float(v) for q, v in enumerate(acc_Q)}
 

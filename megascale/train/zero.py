@@ -82,7 +82,7 @@ def deepspeed_settings(
     if universal:
         settings["checkpoint"] = {"load_universal": True}
     if zero.deepspeed_json is not None:
-        where = f"pretrain.zero.deepspeed_json={zero.deepspeed_json}"
+        where = f"zero.deepspeed_json={zero.deepspeed_json}"
         settings = _merged(settings, _read_json(zero.deepspeed_json, where), where)
     return settings
 

@@ -14,6 +14,7 @@ from megascale.model.mega_audioformer import (
     MaskedTokenOutput,
     MegaAudioFormer,
     count_parameters,
+    prepare_training,
 )
 
 
@@ -173,3 +174,39 @@ def test_classifier_is_a_linear_layer_on_the_mean_over_frames():
     assert torch.allclose(classifier(**inputs), expected_BC, atol=1e-6)  # fp32 sums in another order
     assert not any("local" in name for name, _ in classifier.named_modules())
     assert count_parameters(classifier) == count_parameters(classifier.global_encoder) + 32 * 5 + 5
+
+
+def gradients(model: MegaAudioFormer, batch: Batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss_Q.mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_recomputation_changes_no_gradient_and_keeps_less():
+    model, batch, kept = build(), draw_batch(lengths=(40,) * 4), {}
+    for recompute in (False, True):
+        prepare_training(model, recompute, compile=False)
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch).loss_Q.mean()
+        del loss
+        kept[recompute] = (sum(saved), gradients(model, batch))
+    assert kept[True][1].keys() == kept[False][1].keys()
+    assert all(torch.equal(kept[True][1][name], kept[False][1][name]) for name in kept[True][1])
+    assert kept[True][0] < kept[False][0] / 2
+
+
+@pytest.mark.slow  # a C++ compiler at work
+def test_compiled_blocks_give_the_same_gradients_under_the_same_names():
+    plain, compiled, batch = build(), build(), draw_batch(lengths=(40,) * 4)
+    prepare_training(compiled, recompute=False, compile=True)
+    ours, theirs = gradients(compiled, batch), gradients(plain, batch)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        # fused kernels sum in another order
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)

@@ -1,5 +1,7 @@
 """The loop, on a real engine of one process: what happens when, a clean stop, and a resume that is the straight run."""
 
+import gzip
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -9,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megascale.errors import Stopped
+from megascale.errors import Stopped, TrainingDiverged
 from megascale.log import MetricLog, read_metrics
-from megascale.train.engine import Batch, Engine, init_distributed
+from megascale.train.engine import Batch, Engine, LossFn, init_distributed
 from megascale.train.loop import Hooks, fit
+from megascale.train.profiling import StepProfiler
 from megascale.train.schedule import OptimConfig, lr_factor
 from megascale.train.zero import ZeroConfig
 
@@ -68,13 +71,16 @@ class Job:
         self.losses: list[float] = []
         self._path, self._accumulation = path, accumulation
         self.kill_at: int | None = None
+        self.loss_fn: LossFn = loss_fn
+        self.profiler: StepProfiler | None = None
+        self.diverged: list[tuple[int, int, list[float]]] = []
 
     def run(self, start: int = 0, log_every: int = 3, validate_every: int = 4, save_every: int = 5) -> None:
         log = MetricLog(self._path / "metrics.jsonl", start)
-        hooks = Hooks(self._summarise, self._validate, self._save, lambda metrics: "")
+        hooks = Hooks(self._summarise, self._validate, self._save, lambda metrics: "", self._diverged)
         every = (log_every, validate_every, save_every)
         try:
-            fit(self.engine, self._batches(start), loss_fn, hooks, log, "job", start, STEPS, *every)
+            fit(self.engine, self._batches(start), self.loss_fn, hooks, log, "job", start, STEPS, *every, self.profiler)
         finally:
             log.close()
 
@@ -96,6 +102,10 @@ class Job:
         self.events.append(("save", steps))
         self.saved[steps] = validated
         self.engine.save(self._path / f"step-{steps}")
+
+    def _diverged(self, step: int, micro_batches: list[Batch], losses: list[float]) -> str:
+        self.diverged.append((step, len(micro_batches), losses))
+        return "there"
 
     def done(self, kind: str) -> list[int]:
         return [steps for name, steps in self.events if name == kind]
@@ -198,6 +208,46 @@ def test_sigterm_at_a_validation_saves_its_loss(tmp_path):
     with pytest.raises(Stopped):
         job.run()
     assert job.saved == {4: {"valid/loss": 4.0}}
+
+
+def test_step_that_is_not_finite_stops_before_the_update_and_tells_what_was_in_the_batch(straight, tmp_path):
+    job = Job(tmp_path)
+
+    def nan_at_step_6(y_B: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, report = loss_fn(y_B, batch)
+        return (loss * torch.nan, report) if torch.equal(batch["x_BD"], batch_of(5)["x_BD"]) else (loss, report)
+
+    job.loss_fn = nan_at_step_6
+    with pytest.raises(TrainingDiverged, match=r"^step 6: .* not finite .*; nothing was updated; .*: there$") as stop:
+        job.run()
+    assert stop.value.exit_code == 4
+    ((step, count, losses),) = job.diverged
+    assert (step, count) == (5, 1) and str(losses) == "[nan]"
+    assert job.done("save") == [5]
+    job.loss_fn = loss_fn
+    resumed = Job(tmp_path)
+    resumed.engine.load(tmp_path / "step-5")
+    assert equal(resumed.weights(), job.weights())
+
+
+def test_profiler_records_its_window_and_nothing_else(tmp_path):
+    job = Job(tmp_path)
+    job.profiler = StepProfiler((3, 4), tmp_path / "profile")
+    job.run()
+    with gzip.open(tmp_path / "profile" / "rank-00000.json.gz", "rt") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert sum("Optimizer.step#AdamW" in name for name in names) == 2  # updates 3 and 4
+    assert "aten::" in (tmp_path / "profile" / "rank-00000.txt").read_text()
+    without = Job(tmp_path / "without")
+    without.run()
+    assert not (tmp_path / "without" / "profile").exists()
+
+
+def test_profiler_that_is_cut_off_writes_what_it_has(tmp_path):
+    job = Job(tmp_path)
+    job.profiler = StepProfiler((6, 600), tmp_path / "profile")
+    job.run()
+    assert (tmp_path / "profile" / "rank-00000.json.gz").exists()
 
 
 @pytest.mark.parametrize("end", ["done", "stopped", "failed"])
