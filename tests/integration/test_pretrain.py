@@ -227,9 +227,9 @@ def test_loss_curve_of_50_steps_is_the_pinned_one(tokens, tmp_path):
     found, pinned = loss_curve(tmp_path / "run"), json.loads(CURVE.read_text())
     assert [row["step"] for row in found] == [row["step"] for row in pinned]
     for row, expected in zip(found, pinned, strict=True):
-        # another processor's kernels sum in another order; the curve falls by 3 nats, and a lost mask moves it by 0.05
-        assert row["loss"] == pytest.approx(expected["loss"], abs=2e-3), row["step"]
-        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), row["step"]
+        # kernels of SSE, AVX2 and AVX-512, other micro-batches and ZeRO stages move it by 7e-7; no weight decay by 4e-3
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4), row["step"]
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), row["step"]
 
 
 def curve_arguments(tokens: Path, output: Path) -> list[str]:
