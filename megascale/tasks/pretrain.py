@@ -38,7 +38,7 @@ from megascale.train.engine import Engine, ZeroConfig, barrier, init_distributed
 from megascale.train.loop import Hooks, fit
 from megascale.train.schedule import OptimConfig
 
-_MAY_CHANGE = ("checkpoint.", "log.", "storage.", "train.micro_batch", "data.cache")
+_MAY_CHANGE = ("checkpoint.", "log.", "storage.", "train.micro_batch", "data.cache", "data.cache_gb")
 
 
 class TrainConfig(Section):
@@ -178,7 +178,7 @@ class _Data:
 
 
 def _open_data(config: PretrainConfig) -> _Data:
-    folder = TokenFolder(config.data.url, config.data.bitrate_kbps, config.data.cache)
+    folder = TokenFolder(config.data.url, config.data.bitrate_kbps, config.data.cache, config.data.cache_gb)
     train, valid, sizes = split_held_out(folder, config.data.valid_share)
     streams = config.data.streams or default_streams(config.train.global_batch)
     order = Order(sizes, config.seed, streams, config.train.global_batch)
