@@ -6,10 +6,10 @@ the store's own library and are never logged or written by this package.
 """
 
 import glob as globbing
+import hashlib
 import io
 import os
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,9 +23,12 @@ from pydantic import Field
 
 from megascale.config import Section
 from megascale.errors import StorageError
+from megascale.publishing import publish_local
 from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
+
+_BLOCK_BYTES = 16 << 20  # of a download: few enough requests, and a block that was cut is soon read again
 
 
 class StorageConfig(Section):
@@ -74,8 +77,10 @@ def exists(url: str) -> bool:
 
 def size(url: str) -> int | None:
     """Return a file's size in bytes; None if there is no such file."""
-    if not exists(url):
-        return None
+    return _size(url) if exists(url) else None
+
+
+def _size(url: str) -> int:
     if is_local(url):
         return _told(url, lambda: local_path(url).stat().st_size)
     return _remote(url, lambda fs, path: int(fs.size(path)))
@@ -245,7 +250,7 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
         Whether this call wrote it.
     """
     if is_local(url):
-        return _publish_local(local_path(url), data, create_only)
+        return publish_local(local_path(url), [data], create_only)
     try:
         _remote(url, lambda fs, path: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
     except FileExistsError:
@@ -253,29 +258,55 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     return True
 
 
-def _publish_local(path: Path, data: bytes, create_only: bool) -> bool:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide outputs from a team sharing the folder
-            if create_only:
-                os.link(temporary, path)
-            else:
-                os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except FileExistsError as failure:
-        if create_only and path.is_file():
-            return False
-        raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
-    except OSError as failure:
-        raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
-    return True
+def download(
+    url: str,
+    path: Path,
+    num_bytes: int | None = None,
+    sha256: str | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> bool:
+    """Copy a file to a local path, which appears whole or not at all; only a block of it is in memory at a time.
+
+    Args:
+        url: what.
+        path: where; what is there is replaced.
+        num_bytes: read so many from the start; None asks the store how many there are.
+        sha256: of the bytes that are wanted, hexadecimal; None takes whatever comes.
+        check: called after each block; what it raises ends the download.
+
+    Returns:
+        False, and nothing is written, if the bytes have another sha256.
+
+    Raises:
+        StorageError: missing, refused or too short (names the URL), or the disk is full (names the path).
+    """
+    digest = hashlib.sha256()
+
+    def blocks() -> Iterator[bytes]:
+        for block in _blocks(url, num_bytes):
+            check()
+            digest.update(block)
+            yield block
+
+    return publish_local(path, blocks(), False, lambda: sha256 in (None, digest.hexdigest()))
+
+
+def _blocks(url: str, num_bytes: int | None) -> Iterator[bytes]:
+    end = num_bytes if num_bytes is not None else _size(url)
+    for start in range(0, end, _BLOCK_BYTES):
+        length = min(_BLOCK_BYTES, end - start)
+        block = _read_range(url, start, length)
+        if len(block) < length:
+            raise StorageError(f"{url}: ends after {start + len(block)} bytes, {end} were expected")
+        yield block
+
+
+def _read_range(url: str, start: int, length: int) -> bytes:
+    if is_local(url):
+        with open_read(url) as file:
+            file.seek(start)
+            return file.read(length)
+    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=start, end=start + length)))
 
 
 def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -39,6 +39,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.kinds = kinds
         self.refuses: Callable[[str], bool] = lambda access_key: False  # whose requests get 403 ExpiredToken
         self.done: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()  # `GET /bucket/name`, whatever came of it
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -54,9 +55,10 @@ class FaultProxy(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def draw(self, access_key: str) -> str:
+    def draw(self, access_key: str, request: str) -> str:
         """Return what the next request meets: a fault, `expired`, or `good`."""
         with self._lock:
+            self.asked[request] += 1
             kind = self._random.choice(self.kinds) if self._random.random() < self.share else "good"
             kind = "expired" if self.refuses(access_key) else kind
             self.done[kind] += 1
@@ -77,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         access_key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
-        kind = self.server.draw(access_key)
+        kind = self.server.draw(access_key, f"{self.command} {urlsplit(self.path).path}")
         if kind == "silent":
             time.sleep(_SILENCE_SECONDS)
             self.close_connection = True

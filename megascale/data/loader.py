@@ -4,15 +4,9 @@ Every batch is a function of (config, step) alone, so there is no state to save 
 codebooks.
 """
 
-import hashlib
-import mmap
-import os
 import queue
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -22,14 +16,17 @@ from torch import Tensor
 
 from megascale import seeding, storage
 from megascale.config import Section
-from megascale.data.index import Manifest, ShardFacts, read_codes, read_index, read_manifest
+from megascale.data.cache import LocalShards, Purpose, ShardCache
+from megascale.data.index import Manifest, read_codes, read_index, read_manifest
 from megascale.data.order import Order
 from megascale.data.transforms import DropConfig, MaskConfig, draw_crop, draw_drop_share, draw_kept_frames, draw_mask
 from megascale.errors import DataError
+from megascale.log import say
 from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, codebooks_for
 
-# a mapping holds a file descriptor, and a process may have no more than 1024 of them, or 256
-_MAX_MAPPED = 128
+_STEPS_AHEAD = 1024  # a stream's next shards are among those of its next window
+_STEPS_AT_ONCE = 16  # looked at before each step, so that no step takes long for it
+_SWEEP_AHEAD = 64  # shards
 
 X = TypeVar("X")
 Batch = dict[str, Tensor]
@@ -48,14 +45,19 @@ class DataConfig(Section):
     streams: int | None = Field(
         None, ge=1, description="ranges read side by side; null: largest divisor of batch <= 64"
     )
-    cache: str | None = Field(None, description="local folder for shards of a remote token folder; null: temporary")
+    cache: str | None = Field(
+        None, description="local folder for shards of a remote token folder; null: a temporary one, emptied at the end"
+    )
+    cache_gb: float = Field(50.0, gt=0, description="shards of a remote token folder take no more disk, for each rank")
 
 
 class TokenFolder:
     """Random access to the clips of a token folder."""
 
-    def __init__(self, url: str, bitrate_kbps: float, cache: str | None = None) -> None:
-        """Raises DataError or TokenError: no manifest, a broken one, a shard of another codec, too few codebooks, or a
+    def __init__(self, url: str, bitrate_kbps: float, cache: str | None = None, cache_gb: float = 50.0) -> None:
+        """Shards of a remote folder are copied to the local folder `cache` when they are needed, see `ShardCache`.
+
+        Raises DataError or TokenError: no manifest, a broken one, a shard of another codec, too few codebooks, or a
         local shard that is missing or cut."""
         self.url = url
         self.manifest: Manifest = read_manifest(url)
@@ -67,48 +69,46 @@ class TokenFolder:
             )
         indexes = [read_index(url, facts, self.manifest.codec.fingerprint) for facts in self.manifest.shards]
         self.shards = self.manifest.shards
-        if storage.is_local(url):
-            for facts in self.shards:
-                _check_size(_local_shard(url, facts, cache), facts)
         self.members = [(n, member) for n, index in enumerate(indexes) for member in index.clips]
-        self._cache = cache
-        self._checked: set[int] = set()
-        self._shard = lru_cache(maxsize=_MAX_MAPPED)(self._map_shard)
+        self.is_local = storage.is_local(url)
+        self._store: LocalShards | ShardCache
+        if self.is_local:
+            self._store = LocalShards(url, self.shards)
+        else:
+            self._store = ShardCache(url, self.shards, cache, round(cache_gb * 1e9))
 
     def codes(self, clip: int) -> np.ndarray:
         """Return codes_QT of one clip, int16. Raises DataError or TokenError if its shard is not what was committed."""
         shard, member = self.members[clip]
-        data = self._shard(shard)
-        stream = data[member.offset : member.offset + member.size]
+        stream = self._store.read(shard, member.offset, member.size)
         where = f"{storage.join(self.url, self.shards[shard].name)}:{member.key}.ecdc"
         return read_codes(stream, where, self.manifest.codec, self.num_codebooks)
 
-    def _map_shard(self, number: int) -> mmap.mmap:
-        facts = self.shards[number]
-        path = _local_shard(self.url, facts, self._cache)
-        _check_size(path, facts)
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if number not in self._checked:
-            if hashlib.sha256(data).hexdigest() != facts.sha256:
-                raise DataError(f"{path}: its sha256 is not the one in the manifest; the shard was changed or damaged")
-            self._checked.add(number)
-        return data
+    def shards_of(self, clips: Iterable[int]) -> list[int]:
+        """Return the shards of these clips, each once, in the order of the clips."""
+        return list(dict.fromkeys(self.members[clip][0] for clip in clips))
 
+    def want(self, shards: Iterable[int], purpose: Purpose = "steps") -> None:
+        """Say which shards are needed next, in order of need, so that remote ones are fetched ahead."""
+        self._store.want(shards, purpose)
 
-def _check_size(path: Path, facts: ShardFacts) -> None:
-    if not path.is_file() or path.stat().st_size != facts.size:
-        raise DataError(f"{path}: missing, or not the size that the manifest says")
+    def sweep(self, clips: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each of these clips with its codes_QT, int16."""
+        shards = self.shards_of(clips)
+        place = {shard: i for i, shard in enumerate(shards)}
+        first = -1
+        try:
+            for clip in map(int, clips):
+                if place[self.members[clip][0]] > first:
+                    first += 1
+                    self.want(shards[first : first + _SWEEP_AHEAD], "sweep")
+                yield clip, self.codes(clip)
+        finally:
+            self.want([], "sweep")
 
-
-def _local_shard(url: str, facts: ShardFacts, cache: str | None) -> Path:
-    if storage.is_local(url):
-        return storage.local_path(url) / facts.name
-    folder = cache or os.path.join(tempfile.gettempdir(), f"megascale-{os.getuid()}")
-    path = Path(folder) / f"{facts.sha256}.tar"
-    if not path.exists():
-        storage.publish_bytes(str(path), storage.read_bytes(storage.join(url, facts.name)))
-    return path
+    def close(self) -> None:
+        """End fetching, and remove a temporary cache; a process that ends does so itself."""
+        self._store.close()
 
 
 class PretrainBatches:
@@ -131,9 +131,13 @@ class PretrainBatches:
         self._micro_batch = micro_batch
         share = order.global_batch // world_size
         self._mine = slice(rank * share, (rank + 1) * share)
+        self._last_need: dict[int, int] = {}  # shard -> last step known to need it; in order of first need
+        self._cache_gb, self._warned = config.cache_gb, False
+        self._step, self._seen = 0, 0  # the step made last, and the first one not looked at yet
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return this rank's share of global batch `step`, cut into micro-batches."""
+        self._look_ahead(step)
         epoch, places = self._order.batch(step)
         drop_share = draw_drop_share(self._drop, seeding.generator(self._order.seed, "drop share", step))
         clips = self._clips[places[self._mine]]
@@ -144,6 +148,29 @@ class PretrainBatches:
         """Return the keys of the clips in `micro_batches(step)`, in their order."""
         _, places = self._order.batch(step)
         return [self._folder.members[clip][1].key for clip in self._clips[places[self._mine]]]
+
+    def _look_ahead(self, step: int) -> None:
+        """Tell a remote folder which shards this rank's next steps need, also those of the next epoch."""
+        if self._folder.is_local:
+            return
+        if not self._step <= step <= self._seen:
+            self._last_need, self._seen = {}, step
+        until = min(self._seen + _STEPS_AT_ONCE, step + _STEPS_AHEAD)
+        for later in range(self._seen, until):
+            shards = self._folder.shards_of(self._clips[self._order.batch(later)[1][self._mine]])
+            self._last_need |= dict.fromkeys(shards, later)
+            self._warn_if_too_small(sum(self._folder.shards[shard].size for shard in shards))
+        self._step, self._seen = step, max(self._seen, until)
+        self._last_need = {shard: last for shard, last in self._last_need.items() if last >= step}
+        self._folder.want(self._last_need)
+
+    def _warn_if_too_small(self, bytes_of_a_step: int) -> None:
+        if bytes_of_a_step > self._cache_gb * 1e9 and not self._warned:
+            self._warned = True
+            say(
+                f"data.cache_gb={self._cache_gb:g}: one batch of a rank lies in shards of {bytes_of_a_step / 1e9:.3g} GB, "
+                "so shards are fetched again and again; allow more, or fewer data.streams"
+            )
 
     def _micro(self, epoch: int, clips: np.ndarray, drop_share: float) -> Batch:
         rows: list[Row] = []
@@ -164,9 +191,9 @@ def validation_batches(
     """Yield the held-out clips with masks that are the same at every validation, and nothing dropped."""
     crop_frames = max(1, round(config.clip_seconds * FRAMES_PER_SECOND))
     rows: list[Row] = []
-    for clip in clips:
+    for clip, codes_QT in folder.sweep(clips):
         rng = seeding.generator(seed, "valid", folder.members[clip][1].key)
-        codes_TQ = folder.codes(int(clip)).T
+        codes_TQ = codes_QT.T
         codes_TQ = codes_TQ[draw_crop(len(codes_TQ), crop_frames, rng)]
         rows.append((codes_TQ, np.arange(len(codes_TQ)), draw_mask(len(codes_TQ), codes_TQ.shape[1], mask, rng)))
         if len(rows) == micro_batch:
@@ -218,8 +245,8 @@ def split_held_out(folder: TokenFolder, valid_share: float) -> tuple[np.ndarray,
 def unigram_counts(folder: TokenFolder, clips: np.ndarray, limit: int = 2000) -> np.ndarray:
     """Count how often each code occurs per codebook, float64 (Q, V), over about `limit` clips spread evenly."""
     counts_QV = np.zeros((folder.num_codebooks, CODEBOOK_SIZE))
-    for clip in clips[:: max(1, len(clips) // limit)]:
-        for q, codes_T in enumerate(folder.codes(int(clip))):
+    for _, codes_QT in folder.sweep(clips[:: max(1, len(clips) // limit)]):
+        for q, codes_T in enumerate(codes_QT):
             counts_QV[q] += np.bincount(codes_T, minlength=CODEBOOK_SIZE)
     return counts_QV
 

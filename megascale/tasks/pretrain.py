@@ -33,11 +33,8 @@ from megascale.train.zero import ZeroConfig
 
 _MAY_CHANGE = (
     *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
-    *(
-        "data.cache",
-        "data.url",
-        "output.url",
-    ),  # tokens and run may have been moved: `_go_on` looks whether they are the same
+    *("data.cache", "data.cache_gb"),
+    *("data.url", "output.url"),  # they may have been moved; `_go_on` looks whether the tokens are the same
 )
 
 
@@ -221,7 +218,7 @@ class _Data:
 
 
 def _open_data(config: PretrainConfig) -> _Data:
-    folder = TokenFolder(config.data.url, config.data.bitrate_kbps, config.data.cache)
+    folder = TokenFolder(config.data.url, config.data.bitrate_kbps, config.data.cache, config.data.cache_gb)
     train, valid, sizes = split_held_out(folder, config.data.valid_share)
     streams = config.data.streams or default_streams(config.train.global_batch)
     order = Order(sizes, config.seed, streams, config.train.global_batch)

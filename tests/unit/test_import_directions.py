@@ -21,6 +21,7 @@ LEVELS = (
         "cluster",
         "run_folder",
         "storage",
+        "publishing",
         "retry",
         "tokens",
         "seeding",

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from support import write_token_folder
 
-from megascale import storage
-from megascale.data import loader
+from megascale.data import cache
 from megascale.data.loader import TokenFolder, split_held_out, unigram_counts
 from megascale.data.order import Order
 from megascale.errors import DataError, TokenError
@@ -74,41 +73,15 @@ def test_shard_of_another_size_is_refused_by_name(copy, how):
 
 
 def test_few_shards_are_open_at_a_time_and_none_is_hashed_twice(stored, monkeypatch):
-    hashed, sha256 = [], loader.hashlib.sha256
-    monkeypatch.setattr(loader, "_MAX_MAPPED", 2)
-    monkeypatch.setattr(loader.hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    hashed, sha256 = [], cache.hashlib.sha256
+    monkeypatch.setattr(cache, "_MAX_MAPPED", 2)
+    monkeypatch.setattr(cache.hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
     folder = TokenFolder(str(stored[0]), 1.5)
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     for clip in [*range(40), *range(0, 40, 3)]:
         assert np.array_equal(folder.codes(clip), stored[1][clip][:2])
         assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 2
     assert len(hashed) == 5
-
-
-@pytest.fixture
-def remote(stored) -> str:
-    """The same folder behind a URL that is not a local path."""
-    for file in stored[0].iterdir():
-        storage.publish_bytes(f"memory://test-token-folder/{file.name}", file.read_bytes())
-    return "memory://test-token-folder"
-
-
-def test_remote_shards_are_fetched_once_into_the_cache(stored, remote, tmp_path):
-    folder = TokenFolder(remote, 1.5, str(tmp_path))
-    assert np.array_equal(folder.codes(9), stored[1][9][:2])
-    assert [p.name for p in tmp_path.iterdir()] == [f"{folder.shards[1].sha256}.tar"], "only the shard that was read"
-    changed = (tmp_path / f"{folder.shards[1].sha256}.tar").stat().st_mtime_ns
-    assert np.array_equal(TokenFolder(remote, 1.5, str(tmp_path)).codes(10), stored[1][10][:2])
-    assert (tmp_path / f"{folder.shards[1].sha256}.tar").stat().st_mtime_ns == changed
-
-
-@pytest.mark.parametrize("data", [b"", b"\0" * 512])
-def test_damaged_cache_is_refused_by_name(remote, tmp_path, data):
-    folder = TokenFolder(remote, 1.5, str(tmp_path))
-    path = tmp_path / f"{folder.shards[0].sha256}.tar"
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=f"^{path}: "):
-        folder.codes(0)
 
 
 def keys(folder: TokenFolder, clips: np.ndarray) -> set[str]:
