@@ -12,7 +12,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,10 +41,12 @@ chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints
 bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (10 minutes)
 	$(PY) launch/bench.py tokenize $(ARGS)
 
-check: $(INSTALLED) ## ruff, mypy, unit tests
+lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+check: lint ## ruff, mypy, unit tests
 	$(PY) -m pytest tests/unit -m "not slow" $(ARGS)
 
 format: $(INSTALLED) ## let ruff lay the code out
