@@ -5,14 +5,17 @@ publishes a partial object when the writer raises, so it is not used here.) Cred
 the store's own library and are never logged or written by this package.
 """
 
+import errno
 import glob as globbing
 import io
 import os
 import re
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -26,6 +29,8 @@ from megascale.errors import StorageError
 from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
+
+_BLOCK_BYTES = 8 << 20
 
 
 class StorageConfig(Section):
@@ -86,6 +91,24 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         return _told(url, lambda: local_path(url).read_bytes())
     return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path)))
+
+
+def read_blocks(url: str) -> Iterator[bytes]:
+    """Yield a whole file in order, some megabytes at a time; from a store each block is asked for, and tried again, alone."""
+    if is_local(url):
+        with open_read(url) as file:
+            while block := _told(url, lambda: file.read(_BLOCK_BYTES)):
+                yield block
+        return
+    length = size(url)
+    if length is None:
+        raise StorageError(f"{url}: no such file")
+    for start in range(0, length, _BLOCK_BYTES):
+        yield _read_range(url, start, min(start + _BLOCK_BYTES, length))
+
+
+def _read_range(url: str, start: int, end: int) -> bytes:
+    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=start, end=end)))
 
 
 def read_start(url: str, length: int) -> bytes:
@@ -173,6 +196,21 @@ def list_files(url: str) -> tuple[str, list[str]]:
     return root, sorted(names)
 
 
+def sizes(url: str) -> dict[str, int]:
+    """Return every file under a folder or prefix, by its path there, with its size in bytes; empty if there is none."""
+    if is_local(url):
+        top = local_path(url)
+        return _told(url, lambda: {name: (top / name).stat().st_size for name in _walk(top) if (top / name).is_file()})
+    base = _open_filesystem(url)[1].rstrip("/")
+    found = _remote(url, lambda fs, path: cast(dict[str, dict[str, Any]], fs.find(path, detail=True)))
+    # a key that ends in a slash is how some tools mark a folder
+    return {
+        name[len(base) :].lstrip("/"): int(facts["size"])
+        for name, facts in found.items()
+        if name.rstrip("/") != base and not name.endswith("/")
+    }
+
+
 def _list_local(root: str, pattern: str) -> list[str]:
     folder = local_path(root)
     if not exists(root):
@@ -245,7 +283,7 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
         Whether this call wrote it.
     """
     if is_local(url):
-        return _publish_local(local_path(url), data, create_only)
+        return _publish_local(local_path(url), lambda file: file.write(data), create_only)
     try:
         _remote(url, lambda fs, path: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
     except FileExistsError:
@@ -253,13 +291,54 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     return True
 
 
-def _publish_local(path: Path, data: bytes, create_only: bool) -> bool:
+def upload(path: Path, url: str) -> None:
+    """Copy a local file of any size, all or nothing; a store gets a big one in parts, read from the disk as they go.
+
+    Raises:
+        StorageError: names the URL, or the file if it cannot be read.
+    """
+    if not is_local(url):
+        _told(str(path), path.stat)  # else a file that is gone would be told as missing at the URL
+        _remote(url, lambda fs, place: fs.put_file(str(path), place))
+        return
+    with _told(str(path), lambda: path.open("rb")) as source:
+        _publish_local(local_path(url), lambda file: shutil.copyfileobj(source, file, _BLOCK_BYTES))
+
+
+def delete(url: str) -> None:
+    """Delete a file, or a folder or prefix with all it holds; that there is none is no error."""
+    if not is_local(url):
+        _remote(url, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+        return
+    path = local_path(url)
+    _told(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
+
+
+def settle(folder: Path) -> None:
+    """Return once everything in a local folder is on the disk, where a power cut leaves it. Raises StorageError."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        if path.is_file() or path.is_dir():
+            _told(str(path), partial(_fsync, path))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno != errno.EINVAL:  # as some network disks answer for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _publish_local(path: Path, write: Callable[[IO[bytes]], Any], create_only: bool = False) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide outputs from a team sharing the folder

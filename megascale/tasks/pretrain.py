@@ -1,5 +1,6 @@
 """Pretraining: masked tokens, DeepSpeed, kept checkpoints. (paper, section 3)"""
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,10 +26,13 @@ from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
 from megascale.train.engine import Engine, ZeroConfig, barrier, init_distributed
 from megascale.train.loop import Hooks, fit
+from megascale.train.manifest import CHECKPOINTS
 from megascale.train.saver import Saver, resume
 from megascale.train.schedule import OptimConfig
+from megascale.train.uploads import Uploads, fetch_newest, upload_missing, uploading
 
 _MAY_CHANGE = ("checkpoint.", "log.", "storage.", "train.micro_batch", "data.cache")
+_MAY_CHANGE_ELSEWHERE = (*_MAY_CHANGE, "output.", "data.url")  # another machine has other paths
 
 
 class TrainConfig(Section):
@@ -74,7 +78,7 @@ class PretrainConfig(Section):
 def describe_plan(config: PretrainConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    run_folder.check_config(storage.local_path(config.output.url), config, "pretrain", _MAY_CHANGE)
+    _check_folders(config)
     data, model = _open_data(config), _build_model(config)
     _accumulation(config, world_size(), data.order)
     weights, manifest = count_parameters(model), data.folder.manifest
@@ -100,26 +104,49 @@ def run(config: PretrainConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, TokenError, CheckpointError: bad input, or another process is at work in the folder.
+        StorageError: trained, but the last checkpoint could not be uploaded.
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
     """
     storage.configure(config.storage)
-    path = storage.local_path(config.output.url)
-    run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
+    path = _check_folders(config)
     finished = run_folder.read_result(path)
     if finished is not None:
         say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
+        if rank() == 0 and config.checkpoint.upload_url is not None:
+            run_folder.write_config_at(config.checkpoint.upload_url, config)
+            with run_folder.lock(path):
+                upload_missing(path / CHECKPOINTS, config.checkpoint)
         return finished
     data, model = _open_data(config), _build_model(config)
     _accumulation(config, world_size(), data.order)
-    with run_folder.lock(path) if rank() == 0 else nullcontext():
-        return _train(config, path, data, model)
+    locked = run_folder.lock(path) if rank() == 0 else nullcontext()
+    with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
+        return _train(config, path, data, model, uploads)
 
 
-def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer) -> dict[str, Any]:
+def _check_folders(config: PretrainConfig) -> Path:
+    """Return the run's folder. Raises ConfigError if it, or the URL of its copies, is another run's."""
+    path, url = storage.local_path(config.output.url), config.checkpoint.upload_url
+    run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
+    if url is not None:
+        key = "checkpoint.upload_url"
+        if storage.is_local(url) and os.path.realpath(storage.local_path(url)) == os.path.realpath(path):
+            raise ConfigError(f"pretrain.{key}={url}: the run's own folder; copies belong elsewhere")
+        run_folder.check_config_at(url, config, "pretrain", _MAY_CHANGE_ELSEWHERE, key)
+    return path
+
+
+def _train(
+    config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer, uploads: Uploads | None
+) -> dict[str, Any]:
     rank, ranks = init_distributed()
     accumulation = _accumulation(config, ranks, data.order)
     if rank == 0:
         run_folder.write_config(path, config)
+        if config.checkpoint.upload_url is not None:
+            run_folder.write_config_at(config.checkpoint.upload_url, config)
+            fetch_newest(config.checkpoint.upload_url, path / CHECKPOINTS)
+    barrier()
     engine = Engine(model, config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps)
     start = _resume(engine, path, config)
     log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
@@ -136,6 +163,7 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         config.checkpoint,
         model_facts(config, data.folder),
         config.train.global_batch,
+        uploads,
     )
     say(f"{count_parameters(engine.module) / 1e6:.2f}M parameters, {len(data.train)} clips, {ranks} ranks")
     started = time.monotonic()
