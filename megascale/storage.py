@@ -316,9 +316,15 @@ def delete(url: str) -> None:
 
 def settle(folder: Path) -> None:
     """Return once everything in a local folder is on the disk, where a power cut leaves it. Raises StorageError."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
+    for path in [*folder.rglob("*"), folder.parent]:
         if path.is_file() or path.is_dir():
             _told(str(path), partial(_fsync, path))
+    settle_names(folder)
+
+
+def settle_names(folder: Path) -> None:
+    """Return once the names in a local folder are on the disk, as after a rename. Raises StorageError."""
+    _told(str(folder), lambda: _fsync(folder))
 
 
 def _fsync(path: Path) -> None:

@@ -98,8 +98,8 @@ def commit(folder: Path, step: int, consumed_samples: int, world_size: int, vali
 
 
 def _write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    storage.publish_bytes(str(folder / MANIFEST), manifest.model_dump_json(indent=1).encode())
-    storage.settle(folder)  # an older checkpoint may be deleted next
+    storage.publish_bytes(str(folder / MANIFEST), manifests.to_bytes(manifest))
+    storage.settle_names(folder)  # an older checkpoint may be deleted next
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:

@@ -24,6 +24,7 @@ UNNAMED = f"not named in {MANIFEST}, and DeepSpeed, which takes its files by pat
 INCOMPLETE, BROKEN = "incomplete", "broken manifest"
 THREADS = 8  # files read side by side
 
+_SEALED = re.compile(rb'(.*),\n "seal": "([0-9a-f]{64})"\n}', re.DOTALL)
 _STEP_FILE = re.compile(rf"((?:{CHECKPOINTS}/)?step-(\d+))/(.+)", re.DOTALL)
 
 
@@ -36,6 +37,7 @@ class CheckpointManifest(Section):
     valid_loss: float | None = Field(description="at this step, if it was validated")
     committed_at: datetime | None = Field(None, description="when this was written, UTC")
     files: dict[str, str] = Field(description="sha256 of every other file, by path in the folder")
+    seal: str | None = Field(None, description="sha256 of the manifest's own bytes before this key, its last")
 
     @field_validator("files")
     @classmethod
@@ -53,11 +55,22 @@ def read_manifest(url: str) -> CheckpointManifest:
     place = storage.join(url, MANIFEST)
     if not storage.exists(place):
         raise CheckpointError(f"{url}: no manifest; not a checkpoint, or its save was not completed")
+    data = storage.read_bytes(place)
     try:
-        return CheckpointManifest.model_validate_json(storage.read_bytes(place))
+        manifest = CheckpointManifest.model_validate_json(data)
     except ValidationError as failure:
         reason = failure.errors()[0]["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"{place}: broken: {reason}") from None
+    sealed = _SEALED.fullmatch(data)
+    if manifest.seal is not None and (sealed is None or hashlib.sha256(sealed[1]).hexdigest() != manifest.seal):
+        raise CheckpointError(f"{place}: broken: its seal is not the sha256 of what stands before it")
+    return manifest
+
+
+def to_bytes(manifest: CheckpointManifest) -> bytes:
+    """Return the text of `manifest.json`, sealed: a changed step or loss is found out like a changed file."""
+    body = manifest.model_dump_json(indent=1, exclude={"seal"}).removesuffix("\n}")
+    return f'{body},\n "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}'.encode()
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,20 @@ def test_every_cut_of_a_manifest_is_refused_by_name(tmp_path):
             checkpoint.read_manifest(path.parent)
 
 
+def test_a_byte_changed_anywhere_in_a_manifest_is_refused_by_name(tmp_path):
+    """A step, a loss or a world size that is another one would else be believed."""
+    path = save(tmp_path, 3, valid_loss=2.5) / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for flipped in (1, whole[place] ^ 0x20):  # the second makes a space of it
+            data = bytearray(whole)
+            data[place] ^= flipped
+            if data != whole:
+                path.write_bytes(data)
+                with pytest.raises(CheckpointError, match=f"^{path}: broken: "):
+                    checkpoint.read_manifest(path.parent)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x", "a/../../x", "/etc/passwd", "", ".", "a//b", "./a", "a/", "a\\..\\x", "a\0b", "manifest.json"],
