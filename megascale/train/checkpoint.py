@@ -81,9 +81,7 @@ def commit(folder: Path, step: int, consumed_samples: int, world_size: int, vali
     The files are on the disk before the manifest is, so that a power cut leaves no manifest over empty files.
     """
     storage.settle(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda name: manifests.sha256(str(folder / name)), names)
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     if valid_loss is not None and not math.isfinite(valid_loss):
         valid_loss = None  # a run that diverged is still saved, and never the best
     manifest = CheckpointManifest(
@@ -92,7 +90,7 @@ def commit(folder: Path, step: int, consumed_samples: int, world_size: int, vali
         world_size=world_size,
         valid_loss=valid_loss,
         committed_at=datetime.now(UTC).replace(microsecond=0),
-        files=dict(zip(names, digests, strict=True)),
+        files={name: manifests.sha256(str(path)) for name, path in files.items()},
     )
     _write_manifest(folder, manifest)
 

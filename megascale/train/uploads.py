@@ -73,7 +73,7 @@ def fetch_newest(url: str, checkpoints: Path) -> Path | None:
     if not there or (here and here[-1].step >= there[-1].step):
         return None
     folder = checkpoint.step_folder(checkpoints, there[-1].step)
-    say(f"{folder}: fetched from {there[-1].url} ({there[-1].num_bytes / 1e6:.1f} MB)")
+    say(f"{folder}: fetching {there[-1].num_bytes / 1e6:.1f} MB from {there[-1].url}")
     checkpoint.begin(folder)
     checkpoint.fetch(there[-1].url, folder)
     return folder

@@ -208,7 +208,7 @@ def test_run_goes_on_from_its_url_on_a_machine_that_has_nothing(tokens, bucket, 
 
     printed = run(pretrain(tokens, tmp_path / "second", *there))
     fetched = tmp_path / "second" / "checkpoints" / "step-00000003"
-    assert f"{fetched}: fetched from s3://bucket/job/checkpoints/step-00000003" in printed
+    assert f"{fetched}: fetching " in printed and " from s3://bucket/job/checkpoints/step-00000003\n" in printed
     assert f"going on from {fetched} (step 3 of 6)" in printed
     assert_equal_weights(weights(tmp_path / "second", 6), weights(tmp_path / "first", 6))
     storage.configure(storage.StorageConfig(endpoint_url=bucket.endpoint))

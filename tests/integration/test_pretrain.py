@@ -46,9 +46,10 @@ def tokens(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
-    """An undisturbed run on two ranks."""
+    """An undisturbed run on two ranks, whose checkpoints are copied to `elsewhere` beside it."""
     output = tmp_path_factory.mktemp("straight") / "run"
-    printed = run(deepspeed(2, "pretrain.py", *arguments(tokens, output)))
+    there = f"checkpoint.upload_url={output.parent / 'elsewhere'}"
+    printed = run(deepspeed(2, "pretrain.py", *arguments(tokens, output, there)))
     assert "next: python launch/finetune.py" in printed
     return output
 
@@ -64,6 +65,13 @@ def test_two_ranks_leave_a_committed_checkpoint_metrics_and_a_page(straight):
     result = json.loads((straight / "result.json").read_text())
     assert {"valid/acc_q0", "valid/unigram_acc_q0", "valid/loss_q1"} <= result["validation"].keys()
     assert (straight / "report.html").stat().st_size > 10_000
+
+
+def test_what_two_ranks_saved_is_elsewhere_too(straight):
+    for here in checkpoint.committed(straight / "checkpoints"):
+        there = straight.parent / "elsewhere" / "checkpoints" / here.name
+        assert checkpoint.verify(there) == checkpoint.verify(here)
+    assert (straight.parent / "elsewhere" / "config.yaml").exists()
 
 
 def test_finished_run_is_not_repeated(tokens, straight):
