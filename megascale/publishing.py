@@ -1,6 +1,7 @@
 """All or nothing on a local disk: a file is written beside its place and appears there by rename."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -72,3 +73,23 @@ def remove_partial(folder: Path, name: str) -> None:
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def settle(folder: Path) -> None:
+    """Return once everything in a folder is on the disk, where a power cut leaves it. Raises StorageError."""
+    for path in [*folder.rglob("*"), folder.parent, folder]:
+        if path.is_file() or path.is_dir():
+            settle_one(path)
+
+
+def settle_one(path: Path) -> None:
+    """Return once a file's bytes, or the names in a folder, are on the disk. Raises StorageError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as failure:
+        if failure.errno != errno.EINVAL:  # as some network disks answer for a folder
+            raise StorageError(f"{path}: cannot be written to the disk: {failure.strerror}") from None

@@ -30,7 +30,12 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
         ConfigError: names the first key that differs.
         DataError: the folder's config.yaml is broken.
     """
-    stored = read_config(folder)
+    check_config_at(str(folder), config, job, may_change, "output.url")
+
+
+def check_config_at(url: str, config: Section, job: str, may_change: tuple[str, ...], key_of_url: str) -> None:
+    """`check_config` for a run at any URL; `key_of_url` is the config's key that chose it."""
+    stored = _read_config(url)
     if stored is None:
         return
     before = _flatten(stored)
@@ -39,28 +44,37 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in may_change and not key.startswith(sections):
             raise ConfigError(
-                f"{job}.{key}={now.get(key)}: the run in {folder} was started with {before.get(key)}; "
-                "choose another output.url, or delete that folder"
+                f"{job}.{key}={now.get(key)}: the run in {url} was started with {before.get(key)}; "
+                f"choose another {key_of_url}, or delete that folder"
             )
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the config that a run was started with, or None. Raises DataError if the file is broken."""
-    path = folder / CONFIG
-    if not path.exists():
+    return _read_config(str(folder))
+
+
+def _read_config(url: str) -> dict[str, Any] | None:
+    place = storage.join(url, CONFIG)
+    if not storage.exists(place):
         return None
     try:
-        tree = yaml.safe_load(storage.read_text(str(path)))
+        tree = yaml.safe_load(storage.read_text(place))
     except yaml.YAMLError:
         tree = None
     if not isinstance(tree, dict):
-        raise DataError(f"{path}: broken; delete that folder, or choose another output.url")
+        raise DataError(f"{place}: broken; delete that folder, or choose another output.url")
     return tree
 
 
 def write_config(folder: Path, config: Section) -> None:
     """Write the resolved config as the run's `config.yaml`."""
-    storage.publish_bytes(str(folder / CONFIG), dump_config(config).encode())
+    write_config_at(str(folder), config)
+
+
+def write_config_at(url: str, config: Section) -> None:
+    """`write_config` for a run at any URL."""
+    storage.publish_bytes(storage.join(url, CONFIG), dump_config(config).encode())
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

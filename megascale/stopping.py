@@ -66,6 +66,12 @@ class StopSignal:
             return True
 
 
+def stop_asked() -> bool:
+    """Return whether the StopSignal block that this process is in, if any, was asked to stop; from any thread."""
+    block = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # whose method takes the signal
+    return isinstance(block, StopSignal) and block.asked
+
+
 def _deepspeed_spawner() -> psutil.Process | None:
     """Return the process that the deepspeed command starts ranks with, if it started this one."""
     try:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
 
-_BLOCK_BYTES = 16 << 20  # of a download: few enough requests, and a block that was cut is soon read again
+_BLOCK_BYTES = 8 << 20  # few enough requests, and a block that was cut is soon read again
 
 
 class StorageConfig(Section):
@@ -91,6 +92,35 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         return _told(url, lambda: local_path(url).read_bytes())
     return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path)))
+
+
+def read_blocks(url: str, num_bytes: int | None = None) -> Iterator[bytes]:
+    """Yield a file in order, some megabytes at a time; from a store each block is asked for, and tried again, alone.
+
+    Args:
+        url: what.
+        num_bytes: so many from the start; None asks how many there are.
+
+    Raises:
+        StorageError: missing, refused, or too short.
+    """
+    end = num_bytes if num_bytes is not None else size(url)
+    if end is None:
+        raise StorageError(f"{url}: no such file")
+    for start in range(0, end, _BLOCK_BYTES):
+        length = min(_BLOCK_BYTES, end - start)
+        block = _read_range(url, start, length)
+        if len(block) < length:
+            raise StorageError(f"{url}: ends after {start + len(block)} bytes, {end} were expected")
+        yield block
+
+
+def _read_range(url: str, start: int, length: int) -> bytes:
+    if is_local(url):
+        with open_read(url) as file:
+            file.seek(start)
+            return file.read(length)
+    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=start, end=start + length)))
 
 
 def read_start(url: str, length: int) -> bytes:
@@ -176,6 +206,21 @@ def list_files(url: str) -> tuple[str, list[str]]:
     if names == [""]:
         raise StorageError(f"{url}: a file, not a folder")
     return root, sorted(names)
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Return every file under a folder or prefix, by its path there, with its size in bytes; empty if there is none."""
+    if is_local(url):
+        top = local_path(url)
+        return _told(url, lambda: {name: (top / name).stat().st_size for name in _walk(top) if (top / name).is_file()})
+    base = _open_filesystem(url)[1].rstrip("/")
+    found = _remote(url, lambda fs, path: cast(dict[str, dict[str, Any]], fs.find(path, detail=True)))
+    # a key that ends in a slash is how some tools mark a folder
+    return {
+        name[len(base) :].lstrip("/"): int(facts["size"])
+        for name, facts in found.items()
+        if name.rstrip("/") != base and not name.endswith("/")
+    }
 
 
 def _list_local(root: str, pattern: str) -> list[str]:
@@ -283,7 +328,7 @@ def download(
     digest = hashlib.sha256()
 
     def blocks() -> Iterator[bytes]:
-        for block in _blocks(url, num_bytes):
+        for block in read_blocks(url, num_bytes):
             check()
             digest.update(block)
             yield block
@@ -291,22 +336,26 @@ def download(
     return publish_local(path, blocks(), False, lambda: sha256 in (None, digest.hexdigest()))
 
 
-def _blocks(url: str, num_bytes: int | None) -> Iterator[bytes]:
-    end = num_bytes if num_bytes is not None else _size(url)
-    for start in range(0, end, _BLOCK_BYTES):
-        length = min(_BLOCK_BYTES, end - start)
-        block = _read_range(url, start, length)
-        if len(block) < length:
-            raise StorageError(f"{url}: ends after {start + len(block)} bytes, {end} were expected")
-        yield block
+def upload(path: Path, url: str) -> None:
+    """Copy a local file of any size, all or nothing; a store gets a big one in parts, read from the disk as they go.
+
+    Raises:
+        StorageError: names the URL, or the file if it cannot be read.
+    """
+    if not is_local(url):
+        _told(str(path), path.stat)  # else a file that is gone would be told as missing at the URL
+        _remote(url, lambda fs, place: fs.put_file(str(path), place))
+        return
+    publish_local(local_path(url), read_blocks(str(path)))
 
 
-def _read_range(url: str, start: int, length: int) -> bytes:
-    if is_local(url):
-        with open_read(url) as file:
-            file.seek(start)
-            return file.read(length)
-    return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=start, end=start + length)))
+def delete(url: str) -> None:
+    """Delete a file, or a folder or prefix with all it holds; that there is none is no error."""
+    if not is_local(url):
+        _remote(url, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+        return
+    path = local_path(url)
+    _told(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
 
 
 def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,6 +1,7 @@
 """Pretraining: masked tokens, DeepSpeed, kept checkpoints. (paper, section 3)"""
 
 import json
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from megascale.tasks.masked import DivergenceReport, Validator, masked_loss, not
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.engine import Engine, barrier, init_distributed
+from megascale.train.engine import Engine, barrier, init_distributed, on_first_rank
 from megascale.train.loop import Hooks, fit
+from megascale.train.manifest import CHECKPOINTS
 from megascale.train.profiling import StepProfiler
 from megascale.train.saver import Saver, Start, find_start, resume
 from megascale.train.schedule import OptimConfig
-from megascale.train.zero import ZeroConfig
+from megascale.train.uploads import Uploads, fetch_newest, upload_missing, uploading
+from megascale.train.zero import ZeroConfig, deepspeed_settings
 
 _MAY_CHANGE = (
     *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
@@ -93,7 +96,7 @@ class PretrainConfig(Section):
 def describe_plan(config: PretrainConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    run_folder.check_config(storage.local_path(config.output.url), config, "pretrain", _MAY_CHANGE)
+    _check_folders(config)
     data, model = _open_data(config), _build_model(config)
     _micro_batch(config, world_size())
     weights, manifest = count_parameters(model), data.folder.manifest
@@ -119,25 +122,46 @@ def run(config: PretrainConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, TokenError, CheckpointError: bad input, or another process is at work in the folder.
+        StorageError: trained, but the last checkpoint could not be uploaded.
         Stopped: SIGTERM or Ctrl-C came; the state was saved.
     """
     storage.configure(config.storage)
-    path = storage.local_path(config.output.url)
-    run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
+    path = _check_folders(config)
     finished = run_folder.read_result(path)
     if finished is not None:
         say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
+        if rank() == 0 and config.checkpoint.upload_url is not None:
+            run_folder.write_config_at(config.checkpoint.upload_url, config)
+            with run_folder.lock(path):
+                upload_missing(path / CHECKPOINTS, config.checkpoint)
         return finished
     data, model = _open_data(config), _build_model(config)
     _micro_batch(config, world_size())
-    with run_folder.lock(path) if rank() == 0 else nullcontext():
-        return _train(config, path, data, model)
+    locked = run_folder.lock(path) if rank() == 0 else nullcontext()
+    with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
+        return _train(config, path, data, model, uploads)
 
 
-def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer) -> dict[str, Any]:
+def _check_folders(config: PretrainConfig) -> Path:
+    """Return the run's folder. Raises ConfigError if it, or the URL of its copies, is another run's, or DeepSpeed's JSON
+    does not fit."""
+    path, url = storage.local_path(config.output.url), config.checkpoint.upload_url
+    deepspeed_settings(config.optim, config.zero, config.train.micro_batch, accumulation=1)  # reads the user's own JSON
+    run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
+    if url is not None:
+        key = "checkpoint.upload_url"
+        if storage.is_local(url) and os.path.realpath(storage.local_path(url)) == os.path.realpath(path):
+            raise ConfigError(f"pretrain.{key}={url}: the run's own folder; copies belong elsewhere")
+        run_folder.check_config_at(url, config, "pretrain", _MAY_CHANGE, key)
+    return path
+
+
+def _train(
+    config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer, uploads: Uploads | None
+) -> dict[str, Any]:
     rank, ranks = init_distributed()
-    micro_batch = _micro_batch(config, ranks)
-    checkpoints = path / "checkpoints"
+    micro_batch, checkpoints = _micro_batch(config, ranks), path / CHECKPOINTS
+    on_first_rank(lambda: _prepare_folders(config, path))
     found = find_start(checkpoints)
     num_parameters = count_parameters(model)  # before ZeRO-3 takes them apart
     prepare_training(model, config.train.activation_checkpointing, config.train.compile)
@@ -152,7 +176,6 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         universal=found is not None and found.universal,
     )
     if rank == 0:
-        run_folder.write_config(path, config)
         storage.publish_bytes(str(path / "deepspeed.json"), json.dumps(engine.settings, indent=1).encode())
     start = _go_on(engine, found, data.folder, config) if found is not None else 0
     log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
@@ -162,7 +185,8 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
     validator = Validator(
         engine, data.folder, config.data, config.mask, data.train, data.valid, micro_batch, config.seed
     )
-    saver = Saver(engine, checkpoints, config.checkpoint, model_facts(config, data.folder), config.train.global_batch)
+    facts = model_facts(config, data.folder)
+    saver = Saver(engine, checkpoints, config.checkpoint, facts, config.train.global_batch, uploads)
     say(
         f"{num_parameters / 1e6:.2f}M parameters, {len(data.train)} clips; {ranks} ranks x "
         f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
@@ -194,6 +218,13 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
     return result
+
+
+def _prepare_folders(config: PretrainConfig, path: Path) -> None:
+    run_folder.write_config(path, config)
+    if config.checkpoint.upload_url is not None:
+        run_folder.write_config_at(config.checkpoint.upload_url, config)
+        fetch_newest(config.checkpoint.upload_url, path / CHECKPOINTS)
 
 
 def _go_on(engine: Engine, found: Start, folder: TokenFolder, config: PretrainConfig) -> int:

@@ -2,44 +2,45 @@
 
 checkpoints/step-00001000/ holds DeepSpeed's files, rank-00000.safetensors (RNG, samples consumed) for each rank, model/
 (safetensors and config.json, loadable without DeepSpeed), model_ema/ where averages are kept, and manifest.json.
+Training works in local folders; what is only read (`read_model`, `fetch`) may lie at any URL.
 """
 
 import hashlib
 import json
 import math
-import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from megascale import storage
 from megascale.config import Section
-from megascale.errors import CheckpointError
+from megascale.errors import CheckpointError, StorageError
+from megascale.publishing import settle, settle_one
+from megascale.train import manifest as manifests
+from megascale.train.manifest import CHANGED, CHECKPOINTS, MANIFEST, MISSING, THREADS, CheckpointManifest
 
-_MANIFEST = "manifest.json"
 EMA = "model_ema"  # beside model/, of the same form
+_MODEL_FILES = ("config.json", "model.safetensors")
 
 
 class CheckpointConfig(Section):
-    """When to save, and what to keep."""
+    """When to save, what to keep, and where else."""
 
     every: int = Field(1000, ge=1, description="steps between checkpoints; the last step is always saved")
     keep_last: int = Field(2, ge=1, description="newest to keep; the best by validation loss stays too")
-
-
-class CheckpointManifest(Section):
-    """What a committed checkpoint holds."""
-
-    step: int = Field(description="updates done")
-    consumed_samples: int = Field(description="clips taken from the order: the loader's whole state")
-    world_size: int = Field(description="ranks that wrote it")
-    valid_loss: float | None = Field(description="at this step, if it was validated")
-    files: dict[str, str] = Field(description="sha256 of every other file, by path in the folder")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints whose step is a multiple of this stay for good")
+    upload_url: str | None = Field(
+        None, description="run folder on any store; each checkpoint is copied there beside training, and kept likewise"
+    )
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -49,7 +50,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def begin(folder: Path) -> None:
     """Clear what an interrupted save left behind; rank 0 alone, before any rank writes."""
-    _delete(folder)
+    manifests.delete_checkpoint(str(folder))
     folder.mkdir(parents=True)
 
 
@@ -69,7 +70,7 @@ def load_rank_state(folder: Path, rank: int) -> None:
         consumed_samples = int(file.metadata()["consumed_samples"])
     expected = read_manifest(folder).consumed_samples
     if consumed_samples != expected:
-        raise CheckpointError(f"{path}: saved after {consumed_samples} samples, {_MANIFEST} says {expected}")
+        raise CheckpointError(f"{path}: saved after {consumed_samples} samples, {MANIFEST} says {expected}")
     state = safetensors.torch.load_file(path)
     torch.set_rng_state(state["rng_cpu"])
     if torch.cuda.is_available() and "rng_cuda" in state:
@@ -77,73 +78,99 @@ def load_rank_state(folder: Path, rank: int) -> None:
 
 
 def commit(folder: Path, step: int, consumed_samples: int, world_size: int, valid_loss: float | None) -> None:
-    """Hash every file and write the manifest; rank 0 alone, after a barrier."""
-    files = {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Hash every file and write the manifest; rank 0 alone, after a barrier.
+
+    The files are on the disk before the manifest is, so that a power cut leaves no manifest over empty files.
+    """
+    settle(folder)
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     if valid_loss is not None and not math.isfinite(valid_loss):
         valid_loss = None  # a run that diverged is still saved, and never the best
     manifest = CheckpointManifest(
-        step=step, consumed_samples=consumed_samples, world_size=world_size, valid_loss=valid_loss, files=files
+        step=step,
+        consumed_samples=consumed_samples,
+        world_size=world_size,
+        valid_loss=valid_loss,
+        committed_at=datetime.now(UTC).replace(microsecond=0),
+        files={name: manifests.sha256(str(path)) for name, path in files.items()},
     )
-    storage.publish_bytes(str(folder / _MANIFEST), manifest.model_dump_json(indent=1).encode())
+    _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    storage.publish_bytes(str(folder / MANIFEST), manifests.to_bytes(manifest))
+    settle_one(folder)  # an older checkpoint may be deleted next
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a committed checkpoint's manifest. Raises CheckpointError: there is none, or it is broken."""
-    path = folder / _MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no manifest; not a checkpoint, or its save was not completed")
-    try:
-        return CheckpointManifest.model_validate_json(path.read_bytes())
-    except ValidationError as failure:
-        raise CheckpointError(f"{path}: broken: {failure.errors()[0]['msg']}") from None
+    return manifests.read_manifest(str(folder))
 
 
 def verify(folder: Path) -> CheckpointManifest:
     """Check every file of a checkpoint against its hash; nothing is unpickled before this.
 
+    Files that the manifest does not name are loaded by nothing, but for `.pt` files: DeepSpeed takes those by pattern, and
+    unpickles what it finds. So one of them that is not named is refused.
+
     Raises:
-        CheckpointError: not committed, or a file is missing or changed; names it.
+        CheckpointError: not committed, or a file is missing, changed, or not named; names it.
     """
     manifest = read_manifest(folder)
-    for name, digest in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing from a committed checkpoint")
-        if _sha256(path) != digest:
-            raise CheckpointError(f"{path}: its sha256 is not the one in {_MANIFEST}; the file was changed or damaged")
+    for place, fault in manifests.check_files(str(folder), manifest.files):
+        if fault is not None:
+            raise CheckpointError(f"{place}: {fault}")
+    for path in sorted(folder.rglob("*.pt")):
+        if path.relative_to(folder).as_posix() not in manifest.files:
+            raise CheckpointError(f"{path}: {manifests.UNNAMED}")
     return manifest
+
+
+def fetch(url: str, folder: Path) -> None:
+    """Copy a committed checkpoint from any URL into an empty folder: each file checked by its hash, the manifest last.
+
+    Raises:
+        CheckpointError: not committed, or a file is missing or changed.
+        StorageError: the store, or the disk.
+    """
+    manifest = manifests.read_manifest(url)
+    _fetch_files(url, manifest.files, folder)
+    settle(folder)
+    _write_manifest(folder, manifest)
+
+
+def _fetch_files(url: str, files: Mapping[str, str | None], folder: Path) -> None:
+    """Copy files, several at a time; each is checked by its hash, where there is one."""
+
+    def fetch_one(name: str) -> None:
+        place, path, digest = storage.join(url, name), folder / name, hashlib.sha256()
+        if not storage.exists(place):
+            raise CheckpointError(f"{place}: {MISSING}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for block in storage.read_blocks(place):
+                    digest.update(block)
+                    file.write(block)
+        except OSError as failure:
+            raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
+        if files[name] not in (None, digest.hexdigest()):
+            raise CheckpointError(f"{place}: {CHANGED}")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fetch_one, files))
 
 
 def committed(checkpoints: Path) -> list[Path]:
     """Return the committed checkpoints of a run, oldest first; folders without a manifest don't exist."""
-    return sorted(p for p in checkpoints.glob("step-*") if (p / _MANIFEST).is_file())
+    return sorted(p for p in checkpoints.glob("step-*") if (p / MANIFEST).is_file())
 
 
 def best(checkpoints: Path) -> Path | None:
     """Return the committed checkpoint with the lowest validation loss; the newest, if none was validated."""
-    found = committed(checkpoints)
-    losses = {path: read_manifest(path).valid_loss for path in found}
-    validated = [path for path in found if losses[path] is not None]
-    return min(validated, key=lambda path: losses[path] or 0.0) if validated else (found[-1] if found else None)
-
-
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` and the best, and what older saves or deletions left half done.
-
-    Called only after a newer one was committed.
-    """
-    found = committed(checkpoints)
-    keep = {*found[-keep_last:], best(checkpoints)}
-    for path in checkpoints.glob("step-*"):
-        if path not in keep and path < found[-1]:
-            _delete(path)
-
-
-def _delete(folder: Path) -> None:
-    if folder.is_dir():
-        # the manifest goes first: a deletion cut short must not look like a checkpoint
-        (folder / _MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    found = [(read_manifest(path), path) for path in committed(checkpoints)]
+    step = manifests.best_step({manifest.step: manifest.valid_loss for manifest, _ in found})
+    return next((path for manifest, path in found if manifest.step == step), None)
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -167,29 +194,71 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint folder (`step-…`, verified first), a run folder (its best one), or a bare `model/` folder.
+    """Read a checkpoint (`step-…`), a run (its best one), or a bare `model/` folder, at any URL.
+
+    What a manifest names is verified first: all of a local checkpoint; of one elsewhere its `model/` files, which alone
+    are fetched.
 
     Raises:
         CheckpointError: none of these, or damaged.
     """
-    folder = storage.local_path(url)
-    if (folder / "checkpoints").is_dir():
-        chosen = best(folder / "checkpoints")
+    if storage.is_local(url):
+        return _load_model(url, _verified_model(storage.local_path(url)))
+    with tempfile.TemporaryDirectory(prefix="megascale-model-") as temporary:
+        return _load_model(url, _fetched_model(url, Path(temporary)))
+
+
+def _verified_model(folder: Path) -> Path:
+    """Return the `model/` folder that a local path stands for."""
+    if (folder / CHECKPOINTS).is_dir():
+        chosen = best(folder / CHECKPOINTS)
         if chosen is None:
             raise CheckpointError(f"{folder}: a run without a committed checkpoint")
         folder = chosen
-    if folder.name.startswith("step-") or (folder / _MANIFEST).exists():
+    if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         verify(folder)
-        folder = folder / "model"
-    for name in ("config.json", "model.safetensors"):
+        return folder / "model"
+    if folder.name == "model" and (folder.parent / MANIFEST).exists():
+        verify(folder.parent)
+    return folder
+
+
+def _fetched_model(url: str, folder: Path) -> Path:
+    """Copy the model that a store's URL stands for into `folder`; return where it is there."""
+    url = url.rstrip("/")
+    listed = manifests.list_checkpoints(storage.join(url, CHECKPOINTS))
+    parent, _, last = url.rpartition("/")
+    if listed:
+        url = _best_of(url, listed)
+    elif last == "model" and storage.exists(storage.join(parent, MANIFEST)):
+        url = parent
+    files: dict[str, str | None] = {}
+    if url.rpartition("/")[2].startswith("step-") or storage.exists(storage.join(url, MANIFEST)):
+        named = manifests.read_manifest(url).files
+        files |= {name: digest for name, digest in named.items() if name.startswith("model/")}
+        _fetch_files(url, files, folder)
+        return folder / "model"
+    files = {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
+    _fetch_files(url, files, folder)
+    return folder
+
+
+def _best_of(url: str, listed: list[manifests.Listed]) -> str:
+    for each in listed:
+        if each.state == manifests.BROKEN:  # it may be the best
+            manifests.read_manifest(each.url)
+    step = manifests.best_step(manifests.losses_of(listed))
+    if step is None:
+        raise CheckpointError(f"{url}: a run without a committed checkpoint")
+    return next(each.url for each in listed if each.step == step)
+
+
+def _load_model(url: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    for name in _MODEL_FILES:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{url}: no checkpoint here: {folder / name} is missing")
+            place = folder / name if storage.is_local(url) else name
+            raise CheckpointError(f"{url}: no checkpoint here: {place} is missing")
     try:
         return read_weights(folder), read_facts(folder)
     except (OSError, ValueError, safetensors.SafetensorError) as failure:
         raise CheckpointError(f"{url}: cannot be read: {failure}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,15 +8,23 @@ from typing import Any
 import torch.distributed
 
 from megascale.train import checkpoint
-from megascale.train.checkpoint import CheckpointConfig, CheckpointManifest
+from megascale.train.checkpoint import CheckpointConfig
 from megascale.train.engine import Engine, barrier, convert, on_first_rank
+from megascale.train.manifest import CheckpointManifest, prune
+from megascale.train.uploads import Uploads
 
 
 class Saver:
     """Saves checkpoints: everything, a barrier, then the manifest, and only then is an old one pruned."""
 
     def __init__(
-        self, engine: Engine, checkpoints: Path, config: CheckpointConfig, facts: dict[str, Any], global_batch: int
+        self,
+        engine: Engine,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        facts: dict[str, Any],
+        global_batch: int,
+        uploads: Uploads | None = None,
     ) -> None:
         """
         Args:
@@ -25,15 +33,20 @@ class Saver:
             config: what is kept.
             facts: what `model/config.json` says.
             global_batch: clips per update.
+            uploads: copies them elsewhere, beginning with what an earlier start left undone; rank 0's alone.
         """
         self._engine, self._checkpoints, self._config = engine, checkpoints, config
-        self._facts, self._global_batch = facts, global_batch
+        self._facts, self._global_batch, self._uploads = facts, global_batch, uploads
         self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if uploads is not None:
+            uploads.start()
 
     def __call__(self, steps: int, validated: dict[str, float]) -> None:
         """Save after `steps` updates; every rank must call it."""
         path = checkpoint.step_folder(self._checkpoints, steps)
         consumed = steps * self._global_batch
+        if self._uploads is not None:
+            self._uploads.join_unless_stopping()
         if self._rank == 0:
             checkpoint.begin(path)
         barrier()
@@ -48,7 +61,10 @@ class Saver:
         barrier()
         if self._rank == 0:
             checkpoint.commit(path, steps, consumed, self._world_size, validated.get("valid/loss"))
-            checkpoint.prune(self._checkpoints, self._config.keep_last)
+            if self._uploads is None or not self._uploads.busy:  # what is on its way must not be deleted
+                prune(str(self._checkpoints), self._config.keep_last, self._config.keep_every)
+        if self._uploads is not None:
+            self._uploads.start()
         barrier()
 
 

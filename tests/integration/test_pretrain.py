@@ -16,6 +16,7 @@ from conftest import ROOT, command, deepspeed, run
 from support import write_paced_tokens, write_token_folder
 from test_tokenize import wait_for
 
+from megascale.errors import CheckpointError
 from megascale.log import read_metrics
 from megascale.train import checkpoint
 
@@ -47,9 +48,10 @@ def tokens(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
-    """An undisturbed run on two ranks."""
+    """An undisturbed run on two ranks, whose checkpoints are copied to `elsewhere` beside it."""
     output = tmp_path_factory.mktemp("straight") / "run"
-    printed = run(deepspeed(2, "pretrain.py", *arguments(tokens, output)))
+    there = f"checkpoint.upload_url={output.parent / 'elsewhere'}"
+    printed = run(deepspeed(2, "pretrain.py", *arguments(tokens, output, there)))
     assert "next: python launch/finetune.py" in printed
     return output
 
@@ -65,6 +67,13 @@ def test_two_ranks_leave_a_committed_checkpoint_metrics_and_a_page(straight):
     result = json.loads((straight / "result.json").read_text())
     assert {"valid/acc_q0", "valid/unigram_acc_q0", "valid/loss_q1"} <= result["validation"].keys()
     assert (straight / "report.html").stat().st_size > 10_000
+
+
+def test_what_two_ranks_saved_is_elsewhere_too(straight):
+    for here in checkpoint.committed(straight / "checkpoints"):
+        there = straight.parent / "elsewhere" / "checkpoints" / here.name
+        assert checkpoint.verify(there) == checkpoint.verify(here)
+    assert (straight.parent / "elsewhere" / "config.yaml").exists()
 
 
 def test_finished_run_is_not_repeated(tokens, straight):
@@ -159,6 +168,32 @@ def test_shard_of_another_codec_ends_with_2(tmp_path):
     printed = run(command("pretrain.py", *arguments(tmp_path / "tokens", tmp_path / "run")), exit_code=2)
     assert "tokens-000001.json: made by codec cdcdcdcd" in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fault", ["a byte flipped", "deleted"])
+def test_damage_to_any_file_of_a_checkpoint_is_refused_by_name(straight, tmp_path, fault):
+    folder = shutil.copytree(checkpoint.committed(straight / "checkpoints")[-1], tmp_path / "step-00000006")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert {
+        "manifest.json", "model/config.json", "model/model.safetensors", "rank-00001.safetensors",
+        "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    } <= set(names)  # fmt: skip
+    for name in names:
+        path = folder / name
+        whole = path.read_bytes()
+        if fault == "deleted":
+            path.unlink()
+        else:
+            damaged = bytearray(whole)
+            damaged[len(whole) // 2] ^= 1
+            path.write_bytes(damaged)
+        for load in (checkpoint.verify, lambda folder: checkpoint.read_model(str(folder))):
+            with pytest.raises(CheckpointError) as refused:
+                load(folder)
+            named = folder if (name, fault) == ("manifest.json", "deleted") else path
+            assert str(refused.value).startswith(f"{named}: ")
+        path.write_bytes(whole)
+    checkpoint.verify(folder)
 
 
 def test_damaged_checkpoint_is_refused_by_name(tokens, tmp_path):

@@ -192,6 +192,12 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
         ("pretrain", "output.url=s3://bucket/run", "StorageError: s3://bucket/run: a local path is needed here"),
         ("pretrain", "data.bitrate_kbps=12 model.width=36", "ConfigError: pretrain.model.width=36"),
         ("pretrain", "zero.stage=0 zero.precision=bf16", "ConfigError: pretrain.zero: precision=bf16 with stage=0"),
+        (
+            "pretrain",
+            "checkpoint.upload_url=out",
+            "ConfigError: pretrain.checkpoint.upload_url=out: the run's own folder",
+        ),
+        ("pretrain", "checkpoint.keep_every=0", "ConfigError: pretrain.checkpoint.keep_every=0: "),
         ("finetune", "task.label=mood", "DataError: 0000.wav: has no label 'mood'"),
         ("finetune", "checkpoint=gone", "CheckpointError: gone"),
         ("table1", "checkpoints.1k5=gone", "CheckpointError: gone"),

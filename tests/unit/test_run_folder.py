@@ -119,3 +119,12 @@ def test_folder_is_held_by_one_process_until_its_block_ends(tmp_path):
         pass
     with run_folder.lock(tmp_path / "run"):
         pass
+
+
+def test_config_of_a_run_at_any_url_is_checked_and_the_key_that_chose_it_is_named(tmp_path):
+    url = f"memory:/{tmp_path}"
+    run_folder.check_config_at(url, JobConfig(), "pretrain", MAY_CHANGE, "copy.url")
+    run_folder.write_config_at(url, JobConfig())
+    run_folder.check_config_at(url, JobConfig(), "pretrain", MAY_CHANGE, "copy.url")
+    with pytest.raises(ConfigError, match=r"lr=1.0: the run in memory://.* with 3e-05; choose another copy.url, or"):
+        run_folder.check_config_at(url, JobConfig(lr=1.0), "pretrain", MAY_CHANGE, "copy.url")

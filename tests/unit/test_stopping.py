@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megascale.errors import Stopped
-from megascale.stopping import StopSignal
+from megascale.stopping import StopSignal, stop_asked
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -30,3 +30,12 @@ def test_handlers_are_those_of_before_after_the_block():
     with StopSignal():
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] != before
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_whether_the_block_was_asked_to_stop_is_known_elsewhere_too():
+    assert not stop_asked()
+    with StopSignal():
+        assert not stop_asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_asked()
+    assert not stop_asked()

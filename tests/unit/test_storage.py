@@ -311,6 +311,41 @@ def test_other_filesystem_publishes_create_only(tmp_path):
         storage.read_bytes(f"memory:/{tmp_path}/none")
 
 
+def test_file_is_uploaded_sized_read_in_blocks_and_deleted_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 4)
+    write(tmp_path, "from")
+    (tmp_path / "empty").touch()
+    for top in (str(tmp_path / "to"), f"memory:/{tmp_path}/to"):
+        assert storage.sizes(top) == {}
+        storage.upload(tmp_path / "from", f"{top}/a/b")
+        storage.upload(tmp_path / "empty", f"{top}/c")
+        storage.upload(tmp_path / "from", f"{top}/c")
+        storage.upload(tmp_path / "empty", f"{top}/d")
+        assert storage.sizes(top) == {"a/b": 4, "c": 4, "d": 0}
+        storage.publish_bytes(f"{top}/c", b"123456789")
+        assert list(storage.read_blocks(f"{top}/c")) == [b"1234", b"5678", b"9"]
+        assert list(storage.read_blocks(f"{top}/d")) == []
+        with pytest.raises(StorageError, match=f"^{top}/none: no such file$"):
+            next(storage.read_blocks(f"{top}/none"))
+        for name in ("c", "a", "none"):
+            storage.delete(f"{top}/{name}")
+        assert storage.sizes(top) == {"d": 0}
+
+
+def test_upload_of_a_file_that_is_gone_names_the_file(tmp_path):
+    for url in (str(tmp_path / "to"), f"memory:/{tmp_path}/to"):
+        with pytest.raises(StorageError, match=f"^{tmp_path}/gone: no such file$"):
+            storage.upload(tmp_path / "gone", url)
+        assert not storage.exists(url)
+
+
+def test_upload_to_a_full_disk_leaves_nothing(tmp_path):
+    (tmp_path / "from").write_bytes(bytes(10_000))
+    with largest_file(5_000), pytest.raises(StorageError, match=f"^{tmp_path}/to/x: cannot write: "):
+        storage.upload(tmp_path / "from", str(tmp_path / "to" / "x"))
+    assert list((tmp_path / "to").iterdir()) == []
+
+
 class Stopping(MemoryFileSystem):
     """A store during whose call a signal comes: its handler raises from wherever it is."""
 

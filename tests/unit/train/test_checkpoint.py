@@ -1,44 +1,19 @@
 """Checkpoints: what has no manifest does not exist, what was changed is refused by name, and the best is never lost."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import FACTS, FILES, WEIGHTS, save, steps
 
 from megascale import storage
 from megascale.errors import CheckpointError, StorageError
 from megascale.train import checkpoint
-
-WEIGHTS = {"norm.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.tensor([1.5])}
-FACTS = {"kind": "pretrained", "codec": {"fingerprint": "ab" * 32}}
-
-
-def save(checkpoints: Path, step: int, valid_loss: float | None = None, weights: float = 1.0) -> Path:
-    """A checkpoint as pretraining saves it, on two ranks; DeepSpeed's files are some bytes in a folder of their own."""
-    folder = checkpoint.step_folder(checkpoints, step)
-    checkpoint.begin(folder)
-    (folder / "zero").mkdir()
-    (folder / "zero" / "optim_states.pt").write_bytes(bytes(range(64)))
-    for rank in range(2):
-        checkpoint.save_rank_state(folder, rank, 16 * step)
-    checkpoint.write_model(folder / "model", {k: v * weights for k, v in WEIGHTS.items()}, FACTS)
-    checkpoint.commit(folder, step, 16 * step, 2, valid_loss)
-    return folder
-
-
-def steps(folders: list[Path]) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in folders]
-
-
-FILES = [
-    "model/config.json",
-    "model/model.safetensors",
-    "rank-00000.safetensors",
-    "rank-00001.safetensors",
-    "zero/optim_states.pt",
-]
+from megascale.train.manifest import prune, retained
 
 
 def test_manifest_names_every_file_and_keeps_what_was_consumed(tmp_path):
@@ -112,6 +87,65 @@ def test_every_cut_of_a_manifest_is_refused_by_name(tmp_path):
             checkpoint.read_manifest(path.parent)
 
 
+def test_a_byte_changed_anywhere_in_a_manifest_is_refused_by_name(tmp_path):
+    """A step, a loss or a world size that is another one would else be believed."""
+    path = save(tmp_path, 3, valid_loss=2.5) / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for flipped in (1, whole[place] ^ 0x20):  # the second makes a space of it
+            data = bytearray(whole)
+            data[place] ^= flipped
+            if data != whole:
+                path.write_bytes(data)
+                with pytest.raises(CheckpointError, match=f"^{path}: broken: "):
+                    checkpoint.read_manifest(path.parent)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "/etc/passwd", "", ".", "a//b", "./a", "a/", "a\\..\\x", "a\0b", "manifest.json"],
+)
+def test_manifest_that_names_a_file_outside_the_folder_is_refused_by_name(tmp_path, name):
+    """What is fetched is written where the manifest says."""
+    path = save(tmp_path / "from", 3) / "manifest.json"
+    tree = json.loads(path.read_bytes())
+    tree["files"][name] = "00" * 32
+    path.write_text(json.dumps(tree))
+    message = f"^{re.escape(f'{path}: broken: {name!r} is no path of a file in the folder')}$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.verify(path.parent)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.fetch(str(path.parent), tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_file_that_no_manifest_names_is_refused_where_deepspeed_would_unpickle_it(tmp_path):
+    folder = save(tmp_path, 3)
+    (folder / "notes.txt").write_text("loaded by nothing")
+    checkpoint.verify(folder)
+    planted = folder / "mp_rank_+_model_states.pt"
+    planted.write_bytes(b"a pickle")
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(planted))}: not named in manifest.json, and DeepSpeed"):
+        checkpoint.verify(folder)
+
+
+def test_every_byte_is_on_the_disk_before_the_manifest_appears(tmp_path, monkeypatch):
+    """What a power cut leaves is what was synced: each file, and each folder, whose entries are bytes of its own."""
+    synced: list[tuple[Path, bool]] = []
+    manifest = checkpoint.step_folder(tmp_path, 3) / "manifest.json"
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), manifest.exists()))
+        real(descriptor)
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = save(tmp_path, 3)
+    before = {path for path, committed in synced if not committed}
+    assert before >= {folder / name for name in FILES} | {folder, folder / "model", folder / "zero", tmp_path}
+    assert (folder, True) in synced  # the manifest's own name, before an older checkpoint may be deleted
+
+
 def test_random_state_comes_back_for_each_rank(tmp_path):
     folder = checkpoint.step_folder(tmp_path, 5)
     checkpoint.begin(folder)
@@ -153,11 +187,43 @@ def test_checkpoint_of_a_diverged_run_is_saved_and_never_the_best(tmp_path, loss
     assert checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 1)
 
 
+def test_retention_keeps_the_newest_every_nth_and_the_best():
+    losses = {step: 10.0 - step / 1000 for step in range(1000, 6000, 1000)} | {2500: 0.5, 6000: None, 7000: 8.0}
+    assert retained(losses, 1, None) == {2500, 7000}
+    assert retained(losses, 2, None) == {2500, 6000, 7000}
+    assert retained(losses, 1, 2000) == {2000, 2500, 4000, 6000, 7000}
+    assert retained({1: None, 2: None}, 1, None) == {2}
+    assert retained({1: 3.0, 2: 3.0, 3: 4.0}, 1, None) == {1, 3}  # of equals, the first
+    assert retained({}, 1, 5) == set()
+
+
+def test_prune_keeps_every_nth_for_good(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, step, valid_loss=5.0 if step == 2 else 6.0)
+        prune(str(tmp_path), 1, 3)
+    assert steps(checkpoint.committed(tmp_path)) == [2, 3, 6, 9]
+
+
+def test_prune_leaves_one_whose_manifest_is_damaged(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (checkpoint.step_folder(tmp_path, 1) / "manifest.json").write_bytes(b"{")
+    prune(str(tmp_path), 1, None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_without_a_committed_one_nothing_is_pruned(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "manifest.json").unlink()
+    prune(str(tmp_path), 1, None)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     kept = []
     for step, loss in enumerate([5.0, 3.0, 4.0, None, 6.0, 2.0, 7.0], start=1):
         save(tmp_path, step, loss)
-        checkpoint.prune(tmp_path, keep_last=2)
+        prune(str(tmp_path), 2, None)
         kept.append(steps(checkpoint.committed(tmp_path)))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
@@ -171,7 +237,7 @@ def test_prune_sweeps_up_half_written_older_saves_but_not_a_newer_one(tmp_path):
     for step in (4, 8):
         (checkpoint.step_folder(tmp_path, step) / "manifest.json").unlink()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, keep_last=2)
+    prune(str(tmp_path), 2, None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000002", "step-00000006", "step-00000008"]
 
 
@@ -185,9 +251,9 @@ def test_deletion_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
         raise OSError("the machine went down")
 
     monkeypatch.setattr(shutil, "rmtree", crash)
-    with pytest.raises(OSError, match="went down"):
+    with pytest.raises(StorageError, match=r"step-00000001: the machine went down$"):
         if delete == "prune":
-            checkpoint.prune(tmp_path, keep_last=1)
+            prune(str(tmp_path), 1, None)
         else:
             checkpoint.begin(checkpoint.step_folder(tmp_path, 1))
     assert steps(checkpoint.committed(tmp_path)) == [2]
@@ -215,6 +281,15 @@ def test_model_is_read_from_a_run_a_checkpoint_or_a_bare_folder(tmp_path):
         checkpoint.read_model(str(copied))
 
 
+def test_model_folder_of_a_checkpoint_is_verified_by_the_manifest_above_it(tmp_path):
+    model = save(tmp_path, 1) / "model"
+    data = bytearray((model / "config.json").read_bytes())
+    data[-2] ^= 1
+    (model / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{model}/config.json: its sha256"):
+        checkpoint.read_model(str(model))
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_model_folder_without_its_files_is_named(tmp_path, missing):
     checkpoint.write_model(tmp_path, WEIGHTS, FACTS)
@@ -234,14 +309,12 @@ def test_broken_model_folder_is_named(tmp_path, name, data):
         checkpoint.read_model(str(tmp_path))
 
 
-def test_run_without_a_checkpoint_and_paths_elsewhere_are_named(tmp_path):
+def test_run_without_a_checkpoint_and_missing_paths_are_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match=f"^{tmp_path}: a run without a committed checkpoint$"):
         checkpoint.read_model(str(tmp_path))
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: no checkpoint here"):
         checkpoint.read_model(str(tmp_path / "none"))
-    with pytest.raises(StorageError, match=r"^s3://b/run: a local path is needed here$"):
-        checkpoint.read_model("s3://b/run")
 
 
 def test_model_config_is_plain_json(tmp_path):
