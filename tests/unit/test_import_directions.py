@@ -26,6 +26,7 @@ LEVELS = (
         "seeding",
         "stopping",
         "log",
+        "sinks",
         "corpora",
         "synthesis",
         "config",
