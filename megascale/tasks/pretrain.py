@@ -1,7 +1,7 @@
 """Pretraining: masked tokens, DeepSpeed, kept checkpoints. (paper, section 3)"""
 
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from megascale.data.loader import DataConfig, PretrainBatches, TokenFolder, pref
 from megascale.data.order import Order, default_streams
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import ConfigError, DataError
-from megascale.log import MetricLog, duration, rank, say, world_size
+from megascale.log import MetricLog, duration, rank, read_metrics, say, world_size
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters
 from megascale.storage import StorageConfig
-from megascale.tasks.masked import Validator, masked_loss, note, summarise
+from megascale.tasks.masked import Validator, masked_loss
+from megascale.tasks.plan import Plan, cost_lines
+from megascale.tasks.signals import Signals, note
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
+from megascale.train.device import device_name, peak_tflops
 from megascale.train.engine import Engine, ZeroConfig, barrier, init_distributed
 from megascale.train.loop import Hooks, fit
 from megascale.train.saver import Saver, resume
@@ -45,7 +48,15 @@ class LogConfig(Section):
     """What is reported where."""
 
     every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="also log to RUN/tensorboard")
     wandb_project: str | None = Field(None, description="also log to this wandb project (extra megascale[wandb])")
+    spike_stds: float = Field(
+        6.0, gt=0, description="a loss so many standard deviations above its recent mean is called a spike"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device, for MFU; null: by the GPU's name, and no MFU on a CPU"
+    )
+    plan_mfu: float = Field(0.4, gt=0, le=1, description="what --dry-run takes for MFU when it estimates hours")
 
 
 class RunOutputConfig(Section):
@@ -77,16 +88,29 @@ def describe_plan(config: PretrainConfig) -> str:
     run_folder.check_config(storage.local_path(config.output.url), config, "pretrain", _MAY_CHANGE)
     data, model = _open_data(config), _build_model(config)
     _accumulation(config, world_size(), data.order)
-    weights, manifest = count_parameters(model), data.folder.manifest
+    manifest = data.folder.manifest
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
+    plan = Plan(
+        model=config.model,
+        num_codebooks=data.folder.num_codebooks,
+        num_frames=round(config.data.clip_seconds * FRAMES_PER_SECOND),
+        mask=config.mask,
+        drop=config.drop,
+        num_weights=count_parameters(model),
+        num_global_weights=count_parameters(model.global_encoder),
+        precision=config.zero.precision,
+        micro_batch=config.train.micro_batch,
+        num_clips=config.train.steps * config.train.global_batch,
+        mfu=config.log.plan_mfu,
+        peak_tflops=config.log.peak_tflops,
+    )
     return "\n".join(
         [
             f"{len(data.train)} clips to train on, {len(data.valid)} held out, in {len(manifest.shards)} shards, "
             f"Q={data.folder.num_codebooks} ({manifest.codec.name})",
-            f"{weights / 1e6:.1f}M parameters ({count_parameters(model.global_encoder) / 1e6:.1f}M in the global encoder); "
-            f"weights, gradients and AdamW take {weights * 16 / 2**30:.2f} GiB over all ranks",
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
             f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
+            *cost_lines(plan, config.zero.stage, world_size()),
             f"-> {config.output.url}",
         ]
     )
@@ -122,7 +146,7 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         run_folder.write_config(path, config)
     engine = Engine(model, config.optim, config.zero, config.train.micro_batch, accumulation, config.train.steps)
     start = _resume(engine, path, config)
-    log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
+    log = MetricLog(path / "metrics.jsonl", start, config.log.tensorboard, config.log.wandb_project, path.name)
     micro = config.train.micro_batch
     batches = PretrainBatches(
         data.folder, config.data, config.mask, config.drop, data.order, data.train, micro, rank, ranks
@@ -138,21 +162,22 @@ def _train(config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFo
         config.train.global_batch,
     )
     say(f"{count_parameters(engine.module) / 1e6:.2f}M parameters, {len(data.train)} clips, {ranks} ranks")
+    signals = _signals(config, path, validator, ranks, start)
     started = time.monotonic()
-    fit(
-        engine,
-        prefetch(batches.micro_batches, start, config.train.steps),
-        masked_loss,
-        Hooks(summarise, validator, saver, note),
-        log,
-        title=f"pretraining {config.data.bitrate_kbps:g} kbps",
-        start=start,
-        num_steps=config.train.steps,
-        log_every=config.log.every,
-        validate_every=config.train.validate_every,
-        save_every=config.checkpoint.every,
-    )
-    log.close()
+    with closing(log):
+        fit(
+            engine,
+            prefetch(batches.micro_batches, start, config.train.steps),
+            masked_loss,
+            Hooks(signals.summarise, validator, saver, note),
+            log,
+            title=f"pretraining {config.data.bitrate_kbps:g} kbps",
+            start=start,
+            num_steps=config.train.steps,
+            log_every=config.log.every,
+            validate_every=config.train.validate_every,
+            save_every=config.checkpoint.every,
+        )
     if start == config.train.steps:  # an earlier start ended between its last save and its result
         validator(start)
     result = _result(config, path, data.folder, validator.newest, time.monotonic() - started)
@@ -214,6 +239,14 @@ def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:
         "codec": folder.manifest.codec.model_dump(mode="json"),
         "clip_frames": round(config.data.clip_seconds * FRAMES_PER_SECOND),
     }
+
+
+def _signals(config: PretrainConfig, run_path: Path, validator: Validator, ranks: int, start: int) -> Signals:
+    name = device_name()
+    peak = config.log.peak_tflops or (peak_tflops(name, config.zero.precision) if name else None)
+    past = [row for row in read_metrics(run_path / "metrics.jsonl") if row["step"] <= start and "train/loss" in row]
+    losses = [row["train/loss"] for row in past]
+    return Signals(config.model, validator.unigram_loss_Q, ranks, peak, config.log.spike_stds, start, losses)
 
 
 def _resume(engine: Engine, run_path: Path, config: PretrainConfig) -> int:

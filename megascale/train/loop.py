@@ -21,13 +21,13 @@ from megascale.train.metrics import Sums
 class Hooks:
     """What a task adds to the loop. `steps` counts updates done.
 
-    summarise: sums over all ranks since the last report -> metrics by name.
+    summarise: sums over all ranks since the last report, and seconds of training they took -> metrics by name.
     validate: steps -> metrics; called every `validate_every` updates and after the last.
     save: steps and the newest validation metrics (empty if there are none for this step); None keeps nothing.
     note: metrics -> what the progress line says.
     """
 
-    summarise: Callable[[dict[str, Tensor]], dict[str, float]]
+    summarise: Callable[[dict[str, Tensor], float], dict[str, float]]
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int, dict[str, float]], None] | None
     note: Callable[[dict[str, float]], str]
@@ -61,8 +61,9 @@ def fit(
             sums.add(engine.train_step(step, micro_batches, loss_fn))
             done, last = step + 1, step + 1 == num_steps
             if done % log_every == 0 or last:
-                metrics = hooks.summarise(sums.take())
+                taken = sums.take()  # waits for the device
                 now = time.monotonic()
+                metrics = hooks.summarise(taken, now - since)
                 metrics |= {"train/seconds": now - since, "train/data_wait_share": waited / max(now - since, 1e-9)}
                 since, waited = now, 0.0
                 log.write(done, metrics)
