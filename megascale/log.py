@@ -1,12 +1,15 @@
-"""What a job tells its user: lines from rank 0 alone, progress with time left, metrics as JSON lines (and wandb)."""
+"""What a job tells its user: lines from rank 0 alone, progress with time left, metrics as JSON lines and in sinks."""
 
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megascale.sinks import Sink, TensorBoardSink, WandbSink
 
 
 def rank() -> int:
@@ -22,7 +25,8 @@ def world_size() -> int:
 def say(message: str) -> None:
     """Print one line for the user, from rank 0 only."""
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        over = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there; it is drawn again
+        print(over + message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -54,19 +58,20 @@ class Progress:
         self._every_seconds = 0.2 if self._terminal else 5.0
         self._next = self._start if self._terminal else self._start + self._every_seconds
         self._width = 0
+        self._note = ""
 
     def update(self, done: int, note: str = "") -> None:
         """Say how many units are done in all, and what else belongs on the line."""
-        self._done = done
+        self._done, self._note = done, note
         now = time.monotonic()
         if self.title and rank() == 0 and now >= self._next:
             self._next = now + self._every_seconds
             self._write(self._line(note, now))
 
     def close(self, note: str = "") -> None:
-        """Write the last state, whatever was shown before."""
+        """Write the last state, whatever was shown before; without a note with the newest one."""
         if self.title and rank() == 0:
-            self._write(self._line(note, time.monotonic()))
+            self._write(self._line(note or self._note, time.monotonic()))
             if self._terminal:
                 print(file=sys.stderr, flush=True)
 
@@ -88,24 +93,35 @@ class Progress:
 
 
 class MetricLog:
-    """Metrics of a run, one JSON object a line in `metrics.jsonl`, and in wandb where asked. Only rank 0 writes.
+    """Metrics of a run, one JSON object a line in `metrics.jsonl`, and in TensorBoard and wandb where asked.
 
-    A resumed run drops the lines of steps it is about to repeat, so every step stands in the file once.
+    Only rank 0 writes. A resumed run drops the lines of steps it is about to repeat, so every step stands in the file
+    once. The file is what counts: a sink that fails is said once and left out from then on.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, wandb_project: str | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        name: str = "",
+    ) -> None:
         self._file = None
-        self._wandb: Any = None
+        self._sinks: dict[str, Sink] = {}
         if rank() != 0:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= resume_step]
         part = path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._open("TensorBoard", lambda: TensorBoardSink(folder / "tensorboard", resume_step))
         if wandb_project is not None:
-            self._wandb = _start_wandb(wandb_project, name, path.parent)
+            self._open("wandb", lambda: WandbSink(wandb_project, name, folder))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of one step; keys read like `train/loss`, `valid/acc_q0`."""
@@ -113,19 +129,32 @@ class MetricLog:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            try:
-                self._wandb.log(metrics, step=step)
-            except Exception as failure:  # a metrics service must never stop a training run
-                say(f"wandb stopped taking metrics ({failure}); metrics.jsonl goes on")
-                self._wandb = None
+        for name in list(self._sinks):
+            self._try(name, lambda sink: sink.write(step, metrics))
 
     def close(self) -> None:
-        """Close the file and finish the wandb run, if there is one."""
+        """Close the file, and hand over what sinks still hold."""
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for name in list(self._sinks):
+            self._try(name, lambda sink: sink.close())
+
+    def _open(self, name: str, make: Callable[[], Sink]) -> None:
+        try:
+            self._sinks[name] = make()
+        except Exception as failure:  # a metrics service must never stop a training run
+            say(f"{name} is not available ({_one_line(failure)}); metrics.jsonl goes on without it")
+
+    def _try(self, name: str, call: Callable[[Sink], None]) -> None:
+        try:
+            call(self._sinks[name])
+        except Exception as failure:  # a metrics service must never stop a training run
+            del self._sinks[name]
+            say(f"{name} stopped taking metrics ({_one_line(failure)}); metrics.jsonl goes on without it")
+
+
+def _one_line(failure: Exception) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -138,13 +167,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
-
-
-def _start_wandb(project: str, name: str, folder: Path) -> Any:
-    try:
-        import wandb
-
-        return wandb.init(project=project, name=name, dir=str(folder))
-    except Exception as failure:  # a metrics service must never stop a training run
-        say(f"wandb is not available ({failure}); metrics go to metrics.jsonl alone")
-        return None

@@ -91,6 +91,11 @@ def _is_newer(page: Path, result: Path) -> bool:
 def add_pretraining(page: Page, runs: Sequence[tuple[dict[str, Any], Path]]) -> None:
     """Add loss curves and codebook accuracies of pretraining runs (result.json and folder of each)."""
     page.picture("loss", _loss_curves(runs), "training and validation loss against steps")
+    for result, folder in runs:
+        figure = _signals(result, read_metrics(folder / "metrics.jsonl"))
+        if figure is not None:
+            name = "signals" if len(runs) == 1 else f"signals-{result['bitrate_kbps']:g}kbps"
+            page.picture(name, figure, "loss and accuracy per codebook, gradient norm, learning rate, speed, waiting")
     validated = [result for result, _ in runs if result["validation"]]
     if not validated:
         page.text("Nothing was held out for validation.", note=True)
@@ -123,6 +128,53 @@ def _loss_curves(runs: Sequence[tuple[dict[str, Any], Path]]) -> Figure:
             ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+_SIGNALS = (
+    ("train/loss_minus_unigram_q", 1, "loss minus unigram (nats)"),
+    ("train/acc_q", 100, "masked accuracy (%)"),
+    ("train/grad_norm", 1, "gradient norm"),
+    ("train/lr", 1, "learning rate"),
+    ("train/clips_per_second", 1, "clips/s"),
+    ("train/data_wait_share", 100, "waiting for data (%)"),
+)
+
+
+def _signals(result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure | None:
+    """Draw what the run told of its training, a panel for each kind of metric that it has; None if it has none.
+
+    Names that end in `_q` stand for one line per codebook, dark to light.
+    """
+    panels = []
+    for name, scale, label in _SIGNALS:
+        keys = sorted({key for row in rows for key in row if key.removeprefix(name).isdigit()} or {name}, key=_number)
+        lines = [[(row["step"], scale * row[key]) for row in rows if key in row] for key in keys]
+        if any(lines):
+            panels.append((label, lines))
+    if not panels:
+        return None
+    height = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(10.4, 2.5 * height), layout="constrained")
+    axes = figure.subplots(height, 3, squeeze=False).flat
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, (label, lines) in zip(figure.axes, panels, strict=False):
+        ax.set_axis_on()
+        for q, points in enumerate(lines):
+            color = BLUE if len(lines) == 1 else matplotlib.colormaps["viridis"](0.9 * q / (len(lines) - 1))
+            shown = f"codebook {q}" if len(lines) > 1 and q in (0, len(lines) - 1) else None
+            ax.plot(*zip(*points, strict=True), color=color, lw=1, label=shown)
+        ax.set_title(label, fontsize=10)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            ax.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{result['bitrate_kbps']:g} kbps, training, against steps", fontsize=11)
+    return figure
+
+
+def _number(key: str) -> int:
+    return int("0" + key.rpartition("_q")[2]) if key.rpartition("_q")[2].isdigit() else 0
 
 
 def _codebook_accuracy(results: Sequence[dict[str, Any]]) -> Figure:

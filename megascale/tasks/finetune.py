@@ -349,11 +349,12 @@ def _loss(logits_BC: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss, "correct": correct, "clips": torch.tensor(float(len(targets_B)), device=loss.device)}
 
 
-def _summarise(sums: dict[str, Tensor]) -> dict[str, float]:
+def _summarise(sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
     return {
         "train/loss": float(sums["loss"] / sums["updates"]),
         "train/acc": float(sums["correct"] / sums["clips"]),
         "train/lr": float(sums["lr"] / sums["updates"]),
+        "train/clips_per_second": float(sums["clips"]) / max(seconds, 1e-9),
     }
 
 

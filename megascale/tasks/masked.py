@@ -21,34 +21,26 @@ from megascale.train.engine import Engine
 
 
 def masked_loss(output: MaskedTokenOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss, the mean over codebooks, and what `Signals` makes metrics of; its sums are those of `Work`."""
+    clips, frames, _ = batch["codes_BTQ"].shape
+    device = output.loss_Q.device
+
+    def number(value: int) -> Tensor:
+        return torch.full((), float(value), device=device)
+
     report = {
         "loss_Q": output.loss_Q,
         "correct_Q": output.correct_Q,
         "count_Q": output.count_Q,
-        "micro_batches": torch.ones((), device=output.loss_Q.device),
-        "clips": torch.tensor(float(len(batch["codes_BTQ"])), device=output.loss_Q.device),
+        "micro_batches": number(1),
+        "clips": number(clips),
+        "audio_frames": batch["valid_BT"].sum() if "valid_BT" in batch else number(clips * frames),
+        "frames": number(clips * frames),
+        "frame_pairs": number(clips * frames**2),
+        "local_frames": batch["masked_BTQ"].any(dim=-1).sum(),
+        "masked_tokens": output.count_Q.sum(),
     }
     return output.loss_Q.mean(), report
-
-
-def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
-    loss_Q = sums["loss_Q"] / sums["micro_batches"]
-    acc_Q = sums["correct_Q"] / sums["count_Q"]
-    metrics = {
-        "train/loss": float(loss_Q.mean()),
-        "train/acc": float(acc_Q.mean()),
-        "train/clips": float(sums["clips"]),
-    }
-    for name in ("lr", "grad_norm"):
-        metrics[f"train/{name}"] = float(sums[name] / sums["updates"])
-    metrics |= {f"train/loss_q{q}": float(v) for q, v in enumerate(loss_Q)}
-    return metrics | {f"train/acc_q{q}": float(v) for q, v in enumerate(acc_Q)}
-
-
-def note(metrics: dict[str, float]) -> str:
-    rate = metrics["train/clips"] / max(metrics["train/seconds"], 1e-9)
-    accuracy = f"q0 {metrics['train/acc_q0']:.3f}"
-    return f"loss {metrics['train/loss']:.3f}  accuracy {accuracy}  {rate:.1f} clips/s"
 
 
 class Validator:
@@ -73,6 +65,9 @@ class Validator:
         # add-one smoothing: a code that training clips never use must cost much, not infinitely much
         smoothed_QV = (counts_QV + 1) / (counts_QV.sum(axis=1, keepdims=True) + CODEBOOK_SIZE)
         self._unigram_nats_QV = torch.from_numpy(-np.log(smoothed_QV))
+        # what the baseline loses on training codes, which is beside the training loss what valid/unigram_loss is beside
+        # the held-out one
+        self.unigram_loss_Q = torch.from_numpy((counts_QV * -np.log(smoothed_QV)).sum(axis=1) / counts_QV.sum(axis=1))
         self.newest: dict[str, float] = {}
 
     def __call__(self, steps: int) -> dict[str, float]:

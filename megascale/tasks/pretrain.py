@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from megascale.data.loader import DataConfig, PretrainBatches, TokenFolder, pref
 from megascale.data.order import Order, default_streams
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import ConfigError, DataError
-from megascale.log import MetricLog, duration, rank, say, world_size
+from megascale.log import MetricLog, duration, rank, read_metrics, say, world_size
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters, prepare_training
 from megascale.storage import StorageConfig
-from megascale.tasks.masked import DivergenceReport, Validator, masked_loss, note, summarise
+from megascale.tasks.masked import DivergenceReport, Validator, masked_loss
+from megascale.tasks.plan import Plan, cost_lines
+from megascale.tasks.signals import Signals, note
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
+from megascale.train.device import device_name, peak_tflops
 from megascale.train.engine import Engine, barrier, init_distributed, on_first_rank
 from megascale.train.loop import Hooks, fit
 from megascale.train.manifest import CHECKPOINTS
@@ -67,7 +70,15 @@ class LogConfig(Section):
     profile_steps: tuple[int, int] | None = Field(
         None, description="first and last update, from 1, to record with torch.profiler, in RUN/profile/"
     )
+    tensorboard: bool = Field(True, description="also log to RUN/tensorboard")
     wandb_project: str | None = Field(None, description="also log to this wandb project (extra megascale[wandb])")
+    spike_stds: float = Field(
+        6.0, gt=0, description="a loss so many standard deviations above its recent mean is called a spike"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device, for MFU; null: by the GPU's name, and no MFU on a CPU"
+    )
+    plan_mfu: float = Field(0.4, gt=0, le=1, description="what --dry-run takes for MFU when it estimates hours")
 
 
 class RunOutputConfig(Section):
@@ -98,17 +109,30 @@ def describe_plan(config: PretrainConfig) -> str:
     storage.configure(config.storage)
     _check_folders(config)
     data, model = _open_data(config), _build_model(config)
-    _micro_batch(config, world_size())
-    weights, manifest = count_parameters(model), data.folder.manifest
+    manifest, micro_batch = data.folder.manifest, _micro_batch(config, world_size())
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
+    plan = Plan(
+        model=config.model,
+        num_codebooks=data.folder.num_codebooks,
+        num_frames=round(config.data.clip_seconds * FRAMES_PER_SECOND),
+        mask=config.mask,
+        drop=config.drop,
+        num_weights=count_parameters(model),
+        num_global_weights=count_parameters(model.global_encoder),
+        precision=config.zero.precision,
+        micro_batch=micro_batch,
+        recompute=config.train.activation_checkpointing,
+        num_clips=config.train.steps * config.train.global_batch,
+        mfu=config.log.plan_mfu,
+        peak_tflops=config.log.peak_tflops,
+    )
     return "\n".join(
         [
             f"{len(data.train)} clips to train on, {len(data.valid)} held out, in {len(manifest.shards)} shards, "
             f"Q={data.folder.num_codebooks} ({manifest.codec.name})",
-            f"{weights / 1e6:.1f}M parameters ({count_parameters(model.global_encoder) / 1e6:.1f}M in the global encoder); "
-            f"weights, gradients and AdamW take {weights * 16 / 2**30:.2f} GiB over all ranks",
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
             f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
+            *cost_lines(plan, config.zero.stage, world_size()),
             f"-> {config.output.url}",
         ]
     )
@@ -178,7 +202,7 @@ def _train(
     if rank == 0:
         storage.publish_bytes(str(path / "deepspeed.json"), json.dumps(engine.settings, indent=1).encode())
     start = _go_on(engine, found, data.folder, config) if found is not None else 0
-    log = MetricLog(path / "metrics.jsonl", start, config.log.wandb_project, path.name)
+    log = MetricLog(path / "metrics.jsonl", start, config.log.tensorboard, config.log.wandb_project, path.name)
     batches = PretrainBatches(
         data.folder, config.data, config.mask, config.drop, data.order, data.train, micro_batch, rank, ranks
     )
@@ -191,22 +215,23 @@ def _train(
         f"{num_parameters / 1e6:.2f}M parameters, {len(data.train)} clips; {ranks} ranks x "
         f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
     )
+    signals = _signals(config, path, validator, ranks, start)
     started = time.monotonic()
-    fit(
-        engine,
-        prefetch(batches.micro_batches, start, config.train.steps),
-        masked_loss,
-        Hooks(summarise, validator, saver, note, DivergenceReport(batches.keys, path / "diverged")),
-        log,
-        title=f"pretraining {config.data.bitrate_kbps:g} kbps",
-        start=start,
-        num_steps=config.train.steps,
-        log_every=config.log.every,
-        validate_every=config.train.validate_every,
-        save_every=config.checkpoint.every,
-        profiler=StepProfiler(config.log.profile_steps, path / "profile"),
-    )
-    log.close()
+    with closing(log):
+        fit(
+            engine,
+            prefetch(batches.micro_batches, start, config.train.steps),
+            masked_loss,
+            Hooks(signals.summarise, validator, saver, note, DivergenceReport(batches.keys, path / "diverged")),
+            log,
+            title=f"pretraining {config.data.bitrate_kbps:g} kbps",
+            start=start,
+            num_steps=config.train.steps,
+            log_every=config.log.every,
+            validate_every=config.train.validate_every,
+            save_every=config.checkpoint.every,
+            profiler=StepProfiler(config.log.profile_steps, path / "profile"),
+        )
     if start == config.train.steps:  # an earlier start ended between its last save and its result
         validator(start)
     result = _result(config, path, data.folder, validator.newest, time.monotonic() - started)
@@ -285,6 +310,14 @@ def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:
         "corpus": folder.manifest.fingerprint,
         "clip_frames": round(config.data.clip_seconds * FRAMES_PER_SECOND),
     }
+
+
+def _signals(config: PretrainConfig, run_path: Path, validator: Validator, ranks: int, start: int) -> Signals:
+    name = device_name()
+    peak = config.log.peak_tflops or (peak_tflops(name, config.zero.precision) if name else None)
+    past = [row for row in read_metrics(run_path / "metrics.jsonl") if row["step"] <= start and "train/loss" in row]
+    losses = [row["train/loss"] for row in past]
+    return Signals(config.model, validator.unigram_loss_Q, ranks, peak, config.log.spike_stds, start, losses)
 
 
 def _result(

@@ -23,7 +23,7 @@ from megascale.train.profiling import StepProfiler
 class Hooks:
     """What a task adds to the loop. `steps` counts updates done.
 
-    summarise: sums over all ranks since the last report -> metrics by name.
+    summarise: sums over all ranks since the last report, and seconds of training they took -> metrics by name.
     validate: steps -> metrics; called every `validate_every` updates and after the last.
     diverged: step (from 0), this rank's micro-batches and their losses, when a loss or gradient is not finite -> where
         it was written down; None writes nothing.
@@ -31,7 +31,7 @@ class Hooks:
     note: metrics -> what the progress line says.
     """
 
-    summarise: Callable[[dict[str, Tensor]], dict[str, float]]
+    summarise: Callable[[dict[str, Tensor], float], dict[str, float]]
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int, dict[str, float]], None] | None
     note: Callable[[dict[str, float]], str]
@@ -75,15 +75,16 @@ def fit(
                 raise _diverged(hooks, step, micro_batches, failure) from None
             profiler.end(done)
             if done % log_every == 0 or last:
-                metrics = hooks.summarise(sums.take())
+                taken = sums.take()  # waits for the device
                 seconds = max(time.monotonic() - since, 1e-9)
+                metrics = hooks.summarise(taken, seconds)
                 metrics |= {
                     "train/seconds": seconds,
                     "train/data_wait_share": sum(waits) / seconds,
                     "train/data_wait_ms": 1000 * sum(waits) / len(waits),
                     "train/data_wait_max_ms": 1000 * max(waits),
                 }
-                since, waits = time.monotonic(), []
+                since, waits = since + seconds, []
                 log.write(done, metrics)
                 progress.update(done, hooks.note(metrics))
             paused = time.monotonic()

@@ -25,3 +25,13 @@ class Sums:
             for name in sorted(sums):
                 torch.distributed.all_reduce(sums[name])
         return {name: value.cpu() for name, value in sums.items()}
+
+
+def max_over_ranks(value: float) -> float:
+    """Return the largest of every rank's value; every rank must call it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    largest = torch.tensor(value, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return float(largest)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, command, deepspeed, run
 from support import write_paced_tokens, write_token_folder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tokenize import wait_for
 
 from megascale.errors import CheckpointError
@@ -74,6 +76,38 @@ def test_what_two_ranks_saved_is_elsewhere_too(straight):
         there = straight.parent / "elsewhere" / "checkpoints" / here.name
         assert checkpoint.verify(there) == checkpoint.verify(here)
     assert (straight.parent / "elsewhere" / "config.yaml").exists()
+
+
+def test_run_tells_what_it_does(straight):
+    rows = [row for row in read_metrics(straight / "metrics.jsonl") if "train/loss" in row]
+    for row in rows:
+        assert {
+            "train/lr",
+            "train/loss_q1",
+            "train/acc_q1",
+            "train/loss_minus_unigram_q1",
+            "train/loss_spike",
+        } <= row.keys()
+        assert row["train/clips"] == 4, "two ranks share a global batch"
+        assert row["train/clips_per_second"] == pytest.approx(4 / row["train/seconds"])
+        assert row["train/audio_hours_per_second"] <= 1 / 3600 * row["train/clips_per_second"] * (1 + 1e-9)
+        assert "train/mfu" not in row, "no peak is known of a CPU"
+    memory = [row["train/peak_memory_gib"] for row in rows]
+    assert memory == sorted(memory) and memory[0] > 0.1
+    shown = EventAccumulator(str(straight / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [row["step"] for row in rows]
+    assert [event.step for event in shown.Scalars("valid/acc_q0")] == [3, 6]
+    assert (straight / "signals.png").exists()
+
+
+def test_dry_run_tells_what_the_run_will_cost(tokens, tmp_path):
+    overrides = ["--dry-run", "log.peak_tflops=1", "log.plan_mfu=0.5", "train.steps=1000"]
+    printed = run(command("pretrain.py", *arguments(tokens, tmp_path / "run", *overrides)))
+    assert "parameters: " in printed and "in the global encoder" in printed
+    assert "1000 updates of 4 clips" in printed
+    assert "<- this run" in printed
+    assert re.search(r"at MFU 50% .* of 1 TFLOP/s .*: about \d+s on 1, \d+s on 8", printed)
+    assert not (tmp_path / "run").exists()
 
 
 def test_finished_run_is_not_repeated(tokens, straight):
@@ -143,6 +177,8 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(tokens, tmp_path,
 def test_what_can_be_learned_is_learned_beyond_the_unigram_baseline(tokens, tmp_path):
     overrides = ["train.steps=150", "train.global_batch=8", "train.micro_batch=8", "optim.lr=1e-2", "log.every=50"]
     run(command("pretrain.py", *arguments(tokens, tmp_path / "run", *overrides, "train.validate_every=150")))
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert rows[-1]["train/loss_minus_unigram_q0"] < min(0, rows[0]["train/loss_minus_unigram_q0"])
     found = json.loads((tmp_path / "run" / "result.json").read_text())["validation"]
     assert found["valid/acc_q0"] > 3 * found["valid/unigram_acc_q0"]
     assert found["valid/loss"] < found["valid/unigram_loss"]

@@ -27,6 +27,7 @@ LEVELS = (
         "seeding",
         "stopping",
         "log",
+        "sinks",
         "corpora",
         "synthesis",
         "config",

@@ -61,6 +61,14 @@ def test_progress_in_a_log_file_stays_short(capsys):
     assert lines[0].endswith("s taken  3 bad")
 
 
+def test_last_line_has_the_newest_note(capsys):
+    progress = Progress("encoding", 2)
+    progress.update(1, "one")
+    progress.update(2, "two")
+    progress.close()
+    assert capsys.readouterr().err.endswith("taken  two\n")
+
+
 def test_progress_tells_time_left_from_what_this_run_did(capsys):
     began = time.monotonic()
     progress = Progress("encoding", 120, done=90)
@@ -110,6 +118,21 @@ def test_progress_on_a_terminal_rewrites_its_line(monkeypatch):
     assert last.rstrip().endswith("taken")
     assert len(last) == len(first), "a shorter line covers the longer one before it"
     assert text.count("\n") == 1
+
+
+def test_line_said_over_a_progress_line_does_not_mix_with_it(monkeypatch):
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress("encoding", 10)
+        progress.update(5, note="a long note")
+        say("loss spike")
+        monkeypatch.undo()
+        text = ""
+        while not text.endswith("\n"):  # a terminal hands over what it has
+            text += os.read(reader, 4096).decode()
+    os.close(reader)
+    assert text.rstrip("\r\n").endswith("a long note\r\x1b[Kloss spike")  # back to the start, erase, then speak
 
 
 def test_metrics_are_one_json_object_a_line(tmp_path):

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from megascale import report
 from megascale.downstream.protocols import score
 from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER
+from megascale.log import read_metrics
 
 NASTY = '<script src="http://evil">alert(1)</script> & "quotes" $x_1_2$ a$b^^$.wav'
 NOT_UTF8 = os.fsdecode(b"caf\xe9.wav")
@@ -85,6 +86,10 @@ def pretrained(folder: Path, losses: list[float], num_codebooks: int = 2, valida
     """A pretraining run's folder with metrics; returns its result."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": i + 1, "train/loss": loss, "valid/loss": loss} for i, loss in enumerate(losses)]
+    for row in rows:
+        row |= {"train/lr": 1e-3, "train/grad_norm": 0.5, "train/clips_per_second": 9.0, "train/data_wait_share": 0.1}
+        for q in range(num_codebooks):
+            row |= {f"train/loss_minus_unigram_q{q}": row["train/loss"] - 6.5, f"train/acc_q{q}": 0.25}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     validation = {"valid/loss": losses[-1] if losses else math.nan, "valid/unigram_loss": 6.5}
     for q in range(num_codebooks):
@@ -142,7 +147,9 @@ def test_name_of_any_bytes_makes_a_page(tmp_path, name):
 def test_pictures_lie_beside_the_page_and_are_those_in_it(folder):
     images = Reader(folder / "report.html").images()
     files = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    assert files.keys() == {"small.png", "loss.png", "codebooks.png", "confusion-gtzan.png", "clips.png"}
+    assert files.keys() == {
+        "small.png", "loss.png", "signals.png", "codebooks.png", "confusion-gtzan.png", "clips.png",
+    }  # fmt: skip
     assert sorted(files.values()) == sorted(images)
     for data in images:
         pixels = imread(io.BytesIO(data))
@@ -219,7 +226,28 @@ def test_pretraining_without_validation_says_so(tmp_path, losses):
         report.write_pretrain_report(str(tmp_path), result)
     page = Reader(tmp_path / "report.html")
     assert "Nothing was held out for validation." in page.text
-    assert len(page.images()) == 1
+    assert len(page.images()) == (2 if losses else 1), "no signals of a run that reported nothing"
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 2, 16])
+def test_signals_have_a_panel_per_kind_and_a_line_per_codebook(tmp_path, num_codebooks):
+    result = pretrained(tmp_path, [6.0, 5.0], num_codebooks)
+    figure = report._signals(result, read_metrics(tmp_path / "metrics.jsonl"))
+    assert figure is not None
+    lines = {ax.get_title(): ax.lines for ax in figure.axes}
+    assert [len(found) for found in lines.values()] == [num_codebooks] * 2 + [1] * 4
+    for drawn in lines["loss minus unigram (nats)"]:
+        assert drawn.get_xydata().tolist() == [[1, -0.5], [2, -1.5]]
+    (waited,) = lines["waiting for data (%)"]
+    assert waited.get_ydata().tolist() == [10, 10]
+
+
+def test_signals_of_an_older_run_are_those_it_has(tmp_path):
+    rows = [{"step": 1, "train/lr": 0.1}, {"step": 2, "valid/loss": 1.0}]
+    figure = report._signals({"bitrate_kbps": 1.5}, rows)
+    assert figure is not None
+    assert [ax.get_title() for ax in figure.axes if ax.lines] == ["learning rate"]
+    assert report._signals({"bitrate_kbps": 1.5}, rows[1:]) is None
 
 
 def test_pretraining_report_tells_accuracy_beside_the_unigram_baseline(tmp_path):

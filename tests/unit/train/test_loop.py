@@ -91,8 +91,8 @@ class Job:
             self.events.append(("batch", step))
             yield cut(batch_of(step), self._accumulation)
 
-    def _summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {name: float(value) for name, value in sums.items()}
+    def _summarise(self, sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
+        return {name: float(value) for name, value in sums.items()} | {"told_seconds": seconds}
 
     def _validate(self, steps: int) -> dict[str, float]:
         self.events.append(("validate", steps))
@@ -291,3 +291,4 @@ def test_time_of_validations_and_saves_is_not_counted_as_training(tmp_path, monk
     job.run()
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert [row["train/seconds"] for row in rows] == [3.0, 3.0, 1.0]
+    assert [row["told_seconds"] for row in rows] == [3.0, 3.0, 1.0]

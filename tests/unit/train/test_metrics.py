@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from megascale.train.metrics import Sums
+from megascale.train.metrics import Sums, max_over_ranks
 
 
 def test_sums_add_up_by_name_and_start_again_when_taken():
@@ -43,9 +43,13 @@ def test_sums_keep_no_graph():
     assert not sums.take()["loss"].requires_grad
 
 
+def test_largest_value_of_one_process_is_its_own():
+    assert max_over_ranks(0.1) == 0.1
+
+
 TWO_RANKS = """
 import sys, torch
-from megascale.train.metrics import Sums
+from megascale.train.metrics import Sums, max_over_ranks
 rank = int(sys.argv[1])
 store = torch.distributed.FileStore(sys.argv[2], 2)
 torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -56,12 +60,14 @@ for round in (1, 2):
     taken = sums.take()
     assert torch.equal(taken["a"], torch.tensor([3.0, 30.0]).double() * round), taken
     assert torch.equal(taken["b"], torch.tensor([300.0, 3000.0]).double() * round), taken
+assert max_over_ranks(5.0 - rank) == 5.0
+assert max_over_ranks(5.0 + rank) == 6.0
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
 """
 
 
-def test_sums_are_taken_over_all_ranks_whatever_the_order_of_names(tmp_path):
+def test_sums_and_maxima_are_taken_over_all_ranks_whatever_the_order_of_names(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True

@@ -10,9 +10,10 @@ from test_uploads import blocked, here, slow, there, url  # noqa: F401
 from megascale.stopping import StopSignal
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.engine import Engine, ZeroConfig
+from megascale.train.engine import Engine
 from megascale.train.saver import Saver
 from megascale.train.uploads import Uploads
+from megascale.train.zero import ZeroConfig
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""What the masked-token model costs: floating-point operations, which MFU and the plan count, and activations.
+
+B batch, T frames, Q codebooks, V codebook size, D width of the global encoder, L width of the local encoder, P frames
+that hold a masked token. A matrix product of (m, k) by (k, n) is 2 m k n operations; norms, rotations, activations,
+the softmax and the optimizer are left out, as is usual. (arXiv:2204.02311, appendix B)
+"""
+
+from typing import NamedTuple
+
+from megascale.model.config import ModelConfig
+from megascale.tokens import CODEBOOK_SIZE
+
+
+class Work(NamedTuple):
+    """What a model is given, summed over clips; padding counts, since it is computed like the rest.
+
+    frames: sum of T. frame_pairs: sum of T², who attends to whom. local_frames: sum of P, the frames with a masked
+    token. masked_tokens: tokens to predict, over all codebooks.
+    """
+
+    frames: float
+    frame_pairs: float
+    local_frames: float
+    masked_tokens: float
+
+
+def forward_flops(config: ModelConfig, num_codebooks: int, work: Work) -> float:
+    """Return the operations of MegaAudioFormer's forward pass; a test holds them against torch's own count."""
+    width, local_width = config.width, config.local_width
+    frame = width * width + config.layers * _block(width, config.mlp_width)
+    # every query is held against every key, and every value is weighed: D multiplications each
+    frame_pair = config.layers * 2 * width
+    local_frame = (
+        width * local_width  # Q slots of D/Q
+        + config.local_layers * num_codebooks * _block(local_width, config.local_mlp_width)
+        + config.local_layers * 2 * local_width * num_codebooks**2
+    )
+    return 2 * (
+        work.frames * frame
+        + work.frame_pairs * frame_pair
+        + work.local_frames * local_frame
+        + work.masked_tokens * local_width * CODEBOOK_SIZE
+    )
+
+
+def training_flops(config: ModelConfig, num_codebooks: int, work: Work) -> float:
+    """Return the operations of forward and backward: three times forward, as each product has two gradients.
+
+    What is computed twice to save memory (activation checkpointing: once more forward; scores inside flash attention)
+    is no progress of the training and is not counted.
+    """
+    return 3 * forward_flops(config, num_codebooks, work)
+
+
+def activation_bytes(
+    config: ModelConfig, num_codebooks: int, work: Work, element_bytes: int, recompute: bool = False
+) -> float:
+    """Estimate the bytes that forward keeps for backward, and the logits with their gradient.
+
+    A block keeps, per position, 8 D + 4 x its MLP width: both norms' inputs and outputs, q, k, v, attention's output;
+    gate, up, silu(gate), and their product. Scores are taken not to be kept (flash attention), norms to be fused. What
+    the allocator and kernels need besides is not in it.
+
+    Args:
+        config: the model's shape.
+        num_codebooks: Q.
+        work: of one micro-batch.
+        element_bytes: 2 for bf16, 4 for fp32.
+        recompute: the global encoder's blocks keep their input alone, and are computed again one by one (activation
+            checkpointing).
+    """
+    block = _kept(config.width, config.mlp_width)
+    blocks = config.layers * config.width + block if recompute else config.layers * block
+    frame = blocks + 2 * config.width  # the patch and the last norm's input
+    local_token = config.local_layers * _kept(config.local_width, config.local_mlp_width) + config.local_width
+    local_frame = num_codebooks * local_token + config.width
+    elements = work.frames * frame + work.local_frames * local_frame + work.masked_tokens * config.local_width
+    # per masked token: logits, their log-softmax in fp32, and its gradient
+    return element_bytes * elements + work.masked_tokens * CODEBOOK_SIZE * (element_bytes + 4 + 4)
+
+
+def _kept(width: int, mlp_width: int) -> int:
+    return 8 * width + 4 * mlp_width
+
+
+def _block(width: int, mlp_width: int) -> int:
+    """Multiplications of one block for one position, but for attention's scores: q, k, v, o; gate, up, down."""
+    return 4 * width * width + 3 * width * mlp_width

@@ -1,0 +1,86 @@
+"""The count of operations is torch's own, product by product; kept activations are those that autograd keeps."""
+
+import pytest
+import torch
+from tiny_model import TINY, Batch, build, draw_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megascale.model.config import ModelConfig
+from megascale.model.cost import Work, activation_bytes, forward_flops, training_flops
+from megascale.model.mega_audioformer import MegaAudioFormer
+
+
+def work_of(batch: Batch) -> Work:
+    masked_BTQ = batch["masked_BTQ"]
+    clips, frames, _ = masked_BTQ.shape
+    return Work(clips * frames, clips * frames**2, float(masked_BTQ.any(dim=-1).sum()), float(masked_BTQ.sum()))
+
+
+def counted(model: MegaAudioFormer, batch: Batch, backward: bool) -> int:
+    # fused kernels recompute the scores in backward, and torch does not count the CPU's at all
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss_Q = model(**batch).loss_Q
+        if backward:
+            loss_Q.mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 16])
+@pytest.mark.parametrize("lengths", [(12, 12, 12), (40,), (12, 7, 3)])
+def test_operations_are_those_that_torch_counts(num_codebooks, lengths):
+    batch = draw_batch(num_codebooks, lengths)
+    work, model = work_of(batch), build(num_codebooks)
+    assert 0 < work.local_frames < work.frames or num_codebooks == 16
+    # equal, not close: both count 2 m k n of every product, in whole numbers that a float holds exactly
+    assert forward_flops(TINY, num_codebooks, work) == counted(model, batch, False)
+    assert training_flops(TINY, num_codebooks, work) == counted(model, batch, True)
+
+
+def test_operations_of_the_papers_model_are_known():
+    """One 10 s clip of the paper's model: 12 x 768 over 750 frames is about 0.6 TFLOP forward and backward."""
+    frames = 750
+    work = Work(frames, frames**2, 0, 0)
+    block = 4 * 768**2 + 3 * 768 * 3072
+    by_hand = 3 * 2 * (frames * (768**2 + 12 * block) + 12 * 2 * 768 * frames**2)
+    assert training_flops(ModelConfig(), 2, work) == by_hand
+    assert by_hand / 1e12 == pytest.approx(0.574, abs=0.001)  # printed to three places
+
+
+def kept_bytes(model: MegaAudioFormer, batch: Batch) -> int:
+    """Bytes of everything that autograd keeps, but for the weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}  # the tensors stay alive, so that no address is given out twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**batch)
+    assert output.loss_Q.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 16])
+def test_estimated_activations_are_those_that_autograd_keeps(num_codebooks):
+    batch = draw_batch(num_codebooks, (60, 60))
+    work = work_of(batch)
+    estimate = activation_bytes(TINY, num_codebooks, work, 4)
+    estimate -= work.masked_tokens * 1024 * (4 + 4)  # logits and their gradient live for a moment
+    # the CPU's norms are not fused, and keep what they normalised beside their input
+    estimate += 4 * work.frames * (2 * TINY.layers + 1) * TINY.width
+    estimate += 4 * work.local_frames * num_codebooks * (2 * TINY.local_layers + 1) * TINY.local_width
+    # beyond the estimate: each norm's scale, attention's sums, rotations, masks and targets: one number or so a position,
+    # which is much only beside widths as small as these
+    assert estimate <= kept_bytes(build(num_codebooks), batch) <= 1.15 * estimate
+
+
+def test_recomputing_keeps_one_block_and_the_inputs_of_all():
+    frames = 750
+    work = Work(frames, frames**2, 0, 0)
+    whole, recomputed = (activation_bytes(ModelConfig(), 2, work, 2, recompute) for recompute in (False, True))
+    block = 8 * 768 + 4 * 3072
+    assert whole == 2 * frames * (12 * block + 2 * 768)
+    assert recomputed == 2 * frames * (12 * 768 + block + 2 * 768)
