@@ -1,6 +1,6 @@
 """The one door to files: a local path, `s3://…`, or any other URL that fsspec knows. A URL is always a string.
 
-Publishing is all or nothing: a local file appears by rename, an object by one PUT. (fsspec's `open(url, "wb")`
+Publishing is all or nothing: a local file appears by rename or link, an object by one PUT. (fsspec's `open(url, "wb")`
 publishes a partial object when the writer raises, so it is not used here.) Credentials come from the standard chain of
 the store's own library and are never logged or written by this package.
 """
@@ -9,7 +9,6 @@ import glob as globbing
 import io
 import os
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 from pydantic import Field
 
+from megascale import local_disk
 from megascale.config import Section
 from megascale.errors import StorageError
 from megascale.retry import REQUEST, call_store
@@ -239,13 +239,14 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     Args:
         url: where.
         data: what.
-        create_only: leave an existing file alone, where the store can tell (some ignore it).
+        create_only: leave an existing file alone, where the store can tell (some ignore it, and so does a disk that has
+            no hard links: exFAT, some network shares).
 
     Returns:
         Whether this call wrote it.
     """
     if is_local(url):
-        return _publish_local(local_path(url), data, create_only)
+        return local_disk.publish(local_path(url), data, create_only)
     try:
         _remote(url, lambda fs, path: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
     except FileExistsError:
@@ -253,29 +254,10 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     return True
 
 
-def _publish_local(path: Path, data: bytes, create_only: bool) -> bool:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide outputs from a team sharing the folder
-            if create_only:
-                os.link(temporary, path)
-            else:
-                os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except FileExistsError as failure:
-        if create_only and path.is_file():
-            return False
-        raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
-    except OSError as failure:
-        raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
-    return True
+def remove_leftovers(url: str) -> None:
+    """Remove what killed writers left half-written in a folder for an hour; a store shows none of it."""
+    if is_local(url) and _is_folder(url):
+        _told(url, lambda: local_disk.remove_leftovers(local_path(url)))
 
 
 def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -114,7 +114,7 @@ def _wrong_content() -> Iterator[tuple[str, bytes, str]]:
     yield "picture.mp3", png, NOT_AUDIO
     yield "id3_only.mp3", id3, f"{NOT_AUDIO}|announces no audio"
     yield "playlist.m4a", b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", NOT_AUDIO
-    yield "free_format.mp3", (b"\xff\xfb\x00\x00" + bytes(500)) * 20, TOKENISED  # frames of a bitrate of its own, silent
+    yield "free_format.mp3", (b"\xff\xfb\x00\x00" + bytes(500)) * 20, TOKENISED
     yield "really_a.mp3", wav(_pcm()), TOKENISED
     yield "nothing_but_boxes.m4a", b"\0\0\0\x08free" * 5000, NOT_AUDIO
     yield "no_moov.m4a", b"\0\0\0\x14ftypM4A \0\0\0\0isom" + b"\0\0\x10\x08mdat" + noise, NOT_AUDIO

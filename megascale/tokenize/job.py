@@ -61,6 +61,7 @@ def run(config: TokenizeConfig) -> Manifest:
     url = config.output.url
     check_stays(url, "tokenize.output.url")
     stored = read_plan(config)
+    storage.remove_leftovers(url)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = read_manifest(url)
         say(f"{url}: already done: {manifest.num_clips} clips in {len(manifest.shards)} shards")
@@ -134,7 +135,7 @@ def _agree(config: TokenizeConfig, plan: Plan, fitted: bytes | None) -> Plan:
         storage.publish_bytes(codec_url(config), fitted, create_only=True)
     where = storage.join(config.output.url, PLAN)
     if storage.publish_bytes(where, storage.read_bytes(where), create_only=True):
-        time.sleep(_SETTLE_SECONDS)  # the store ignores create-only
+        time.sleep(_SETTLE_SECONDS)  # the store, or a disk without hard links, ignores create-only
     agreed = read_plan(config)
     assert agreed is not None, "it was just written"
     return agreed

@@ -21,6 +21,7 @@ LEVELS = (
         "cluster",
         "run_folder",
         "storage",
+        "local_disk",
         "retry",
         "tokens",
         "seeding",

@@ -1,7 +1,6 @@
 """Storage: all or nothing, create-only, and every failure names the URL. (S3 is tested with a server, elsewhere.)"""
 
 import os
-import resource
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,20 +8,10 @@ from contextlib import contextmanager
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from support import largest_file
 
 from megascale import storage
 from megascale.errors import Stopped, StorageError
-
-
-@contextmanager
-def largest_file(size: int):
-    """A disk that is full after `size` bytes of a file, for this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(folder, *names):
