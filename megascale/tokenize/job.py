@@ -160,10 +160,13 @@ def _encode_shards(
             say(f"the Ray cluster has room for {available} of {count} workers; the others start when there is more")
         actor = ray.remote(ShardWorker).options(num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS)
         say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
-        # another driver of this job, if there is one, is to begin elsewhere; no byte depends on the order
-        first = random.SystemRandom().randrange(len(missing))
-        missing = missing[first:] + missing[:first]
-        return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
+        return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, _from_anywhere(missing), plan)
+
+
+def _from_anywhere(missing: list[ShardPlan]) -> list[ShardPlan]:
+    """Begin at any shard: another driver of this job, if there is one, begins elsewhere. No byte depends on the order."""
+    first = random.SystemRandom().randrange(len(missing))
+    return missing[first:] + missing[:first]
 
 
 # --------------------------------------------------------------------------------------------------------- the finish

@@ -71,7 +71,7 @@ class ShardWorker:
                 started = time.perf_counter()
                 spent["idle"] += started - max(began, self._idle_since)
                 sounds = [audio_S for _, audio_S in batch]
-                if self._gpu and self._config.codec.precision != "fp32" and "checked" not in spent:
+                if self._gpu and not self._gpu.is_checked:
                     changed = self._gpu.check_precision(sounds, self._num_codebooks)
                     spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
                 codes = (self._gpu or self._codec).encode(sounds, self._num_codebooks)
