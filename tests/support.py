@@ -13,8 +13,9 @@ from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer
 from megascale.seeding import torch_generator
+from megascale.tokenize.clips import Clip, Recording
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
-from megascale.tokenize.sources import Clip, Recording, SourceConfig, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, model_name
 from megascale.train.checkpoint import write_model
 

@@ -23,9 +23,10 @@ from megascale.errors import (
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
 from megascale.tokenize import audio, streams
+from megascale.tokenize.clips import Clip, ClipsConfig, Recording, cut
 from megascale.tokenize.codec import CALIBRATE, load_codec
 from megascale.tokenize.shards import ShardPlan, plan_shards
-from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import codebooks_for
 
 PLAN = "plan.json"

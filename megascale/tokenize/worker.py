@@ -14,11 +14,11 @@ from megascale import seeding, storage
 from megascale.data.index import Quarantined
 from megascale.errors import AudioError, CredentialsError, StorageError, TokenError
 from megascale.tokenize import audio, streams
+from megascale.tokenize.clips import Clip
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
 from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard, read_committed
-from megascale.tokenize.sources import Clip
 from megascale.tokens import SAMPLE_RATE_HZ, codebooks_for
 
 CALLS = 2  # shards a worker has in hand
