@@ -1,6 +1,6 @@
 """The one door to files: a local path, `s3://…`, or any other URL that fsspec knows. A URL is always a string.
 
-Publishing is all or nothing: a local file appears by rename, an object by one PUT. (fsspec's `open(url, "wb")`
+Publishing is all or nothing: a local file appears by rename or link, an object by one PUT. (fsspec's `open(url, "wb")`
 publishes a partial object when the writer raises, so it is not used here.) Credentials come from the standard chain of
 the store's own library and are never logged or written by this package.
 """
@@ -22,9 +22,9 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 from pydantic import Field
 
+from megascale import local_disk
 from megascale.config import Section
 from megascale.errors import StorageError
-from megascale.publishing import publish_local
 from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
@@ -289,13 +289,14 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     Args:
         url: where.
         data: what.
-        create_only: leave an existing file alone, where the store can tell (some ignore it).
+        create_only: leave an existing file alone, where the store can tell (some ignore it, and so does a disk that has
+            no hard links: exFAT, some network shares).
 
     Returns:
         Whether this call wrote it.
     """
     if is_local(url):
-        return publish_local(local_path(url), [data], create_only)
+        return local_disk.publish(local_path(url), [data], create_only)
     try:
         _remote(url, lambda fs, path: fs.pipe_file(path, data, mode="create" if create_only else "overwrite"))
     except FileExistsError:
@@ -333,7 +334,7 @@ def download(
             digest.update(block)
             yield block
 
-    return publish_local(path, blocks(), False, lambda: sha256 in (None, digest.hexdigest()))
+    return local_disk.publish(path, blocks(), False, lambda: sha256 in (None, digest.hexdigest()))
 
 
 def upload(path: Path, url: str) -> None:
@@ -346,7 +347,7 @@ def upload(path: Path, url: str) -> None:
         _told(str(path), path.stat)  # else a file that is gone would be told as missing at the URL
         _remote(url, lambda fs, place: fs.put_file(str(path), place))
         return
-    publish_local(local_path(url), read_blocks(str(path)))
+    local_disk.publish(local_path(url), read_blocks(str(path)))
 
 
 def delete(url: str) -> None:
@@ -356,6 +357,12 @@ def delete(url: str) -> None:
         return
     path = local_path(url)
     _told(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
+
+
+def remove_leftovers(url: str) -> None:
+    """Remove what killed writers left half-written in a folder for an hour; a store shows none of it."""
+    if is_local(url) and _is_folder(url):
+        _told(url, lambda: local_disk.remove_leftovers(local_path(url)))
 
 
 def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

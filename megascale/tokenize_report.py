@@ -18,8 +18,8 @@ from megascale.downstream.baselines import log_mel
 from megascale.errors import AudioError, StorageError
 from megascale.log import duration, say
 from megascale.tokenize import audio
+from megascale.tokenize.clips import Clip
 from megascale.tokenize.plan import TokenizeConfig, read_plan
-from megascale.tokenize.sources import Clip
 from megascale.tokenize.summary import REPORT
 from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, KBPS_PER_CODEBOOK
 

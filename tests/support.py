@@ -1,5 +1,8 @@
 """Small real inputs for tests: audio files, and token folders written by the package's own writers."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer
 from megascale.seeding import torch_generator
+from megascale.tokenize.clips import Clip, Recording
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
-from megascale.tokenize.sources import Clip, Recording, SourceConfig, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, model_name
 from megascale.train.checkpoint import write_model
 
@@ -133,3 +137,14 @@ def write_list(folder: Path, text: str | bytes, name: str = "clips.csv") -> Path
     path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that is full after `size` bytes of a file, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -20,7 +20,7 @@ from typing import Literal
 from megascale import storage
 from megascale.data.index import ShardFacts
 from megascale.errors import DataError, StorageError
-from megascale.publishing import remove_partial
+from megascale.local_disk import remove_partial
 
 # a mapping holds a file descriptor, and a process may have no more than 1024 of them, or 256
 _MAX_MAPPED = 128

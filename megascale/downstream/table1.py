@@ -15,7 +15,7 @@ import scipy.stats
 from pydantic import Field, model_validator
 
 from megascale import run_folder, storage
-from megascale.cluster import start_ray
+from megascale.cluster import check_stays, start_ray
 from megascale.config import Section, validate
 from megascale.downstream.protocols import TaskConfig
 from megascale.errors import MegascaleError
@@ -176,6 +176,7 @@ def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
         Stopped: SIGTERM came; finished cells stay.
     """
     storage.configure(config.storage)
+    check_stays(config.output.url, "table1.output.url")
     path = storage.local_path(config.output.url)
     run_folder.check_config(path, config, "table1", ("storage.",))
     finished = run_folder.read_result(path, TABLE)

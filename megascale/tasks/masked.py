@@ -17,7 +17,8 @@ from megascale.data.transforms import MaskConfig
 from megascale.log import rank
 from megascale.model.mega_audioformer import MaskedTokenOutput
 from megascale.tokens import CODEBOOK_SIZE
-from megascale.train.engine import Engine
+from megascale.train.engine import Engine, on_first_rank
+from megascale.train.metrics import Sums
 
 
 def masked_loss(output: MaskedTokenOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +61,7 @@ class Validator:
         """`train` and `valid` are numbers of the folder's clips: what the baseline counts, and what is held out."""
         self._engine, self._folder, self._data, self._mask = engine, folder, data, mask
         self._clips, self._micro_batch, self._seed = valid, micro_batch, seed
-        counts_QV = unigram_counts(folder, train)
+        counts_QV = on_first_rank(lambda: unigram_counts(folder, train))  # else every rank would read them all
         self._mode_Q = torch.from_numpy(counts_QV.argmax(axis=1))
         # add-one smoothing: a code that training clips never use must cost much, not infinitely much
         smoothed_QV = (counts_QV + 1) / (counts_QV.sum(axis=1, keepdims=True) + CODEBOOK_SIZE)
@@ -71,16 +72,17 @@ class Validator:
         self.newest: dict[str, float] = {}
 
     def __call__(self, steps: int) -> dict[str, float]:
+        """Validate; every rank must call it, takes its share of the clips, and returns the same."""
         if not len(self._clips):
             return {}
-        total: dict[str, Tensor] = {}
-        for batch in self._batches():
+        sums = Sums()
+        for batch, counts in self._batches():
             output = self._engine.evaluate(batch)
             clips = len(batch["codes_BTQ"])
             values = {"loss": output.loss_Q * clips, "acc": output.correct_Q, "count": output.count_Q}
-            values |= self._unigram(batch)
-            for name, value in values.items():
-                total[name] = total.get(name, 0.0) + value.double().cpu()
+            values |= {name: value.to(self._engine.device) for name, value in self._unigram(batch).items()}
+            sums.add({name: value * counts for name, value in values.items()})
+        total = sums.take()
         means = {"loss": total["loss"] / len(self._clips), "acc": total["acc"] / total["count"]}
         means |= {name: total[name] / total["count"] for name in ("unigram_loss", "unigram_acc")}
         self.newest = {f"valid/{name}": float(value.mean()) for name, value in means.items()}
@@ -88,8 +90,20 @@ class Validator:
             self.newest |= {f"valid/{name}_q{q}": float(v) for q, v in enumerate(value)}
         return self.newest
 
-    def _batches(self) -> Iterator[Batch]:
-        return validation_batches(self._folder, self._data, self._mask, self._clips, self._micro_batch, self._seed)
+    def _batches(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield this rank's batches, and whether each counts: under ZeRO-3 every rank has to take part in every forward
+        pass, so a rank that has one batch less repeats the first of all."""
+        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        starts = range(0, len(self._clips), self._micro_batch)
+        parts = [self._clips[start : start + self._micro_batch] for start in starts[rank::ranks]]
+        num_own = len(parts)
+        if num_own * ranks < len(starts):
+            parts.append(self._clips[: self._micro_batch])
+        batches = validation_batches(
+            self._folder, self._data, self._mask, np.concatenate(parts), self._micro_batch, self._seed
+        )
+        for number, batch in enumerate(batches):
+            yield batch, number < num_own
 
     def _unigram(self, batch: Batch) -> dict[str, Tensor]:
         codes, masked = batch["codes_BTQ"], batch["masked_BTQ"]

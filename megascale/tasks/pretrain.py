@@ -167,10 +167,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _check_folders(config: PretrainConfig) -> Path:
-    """Return the run's folder. Raises ConfigError if it, or the URL of its copies, is another run's, or DeepSpeed's JSON
-    does not fit."""
+    """Return the run's folder. Raises ConfigError if it, or the URL of its copies, is another run's."""
     path, url = storage.local_path(config.output.url), config.checkpoint.upload_url
-    deepspeed_settings(config.optim, config.zero, config.train.micro_batch, accumulation=1)  # reads the user's own JSON
     run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
     if url is not None:
         key = "checkpoint.upload_url"
@@ -285,9 +283,12 @@ def _open_data(config: PretrainConfig) -> _Data:
 def _build_model(config: PretrainConfig) -> MegaAudioFormer:
     generator = seeding.torch_generator(config.seed, "model weights")
     try:
-        return MegaAudioFormer(config.model, codebooks_for(config.data.bitrate_kbps), generator)
+        model = MegaAudioFormer(config.model, codebooks_for(config.data.bitrate_kbps), generator)
     except ValueError as failure:
         raise ConfigError(f"pretrain.{failure}") from None
+    # a DeepSpeed JSON that does not fit is told before anything is written
+    deepspeed_settings(config.optim, config.zero, config.train.micro_batch, 1, count_parameters(model))
+    return model
 
 
 def _micro_batch(config: PretrainConfig, ranks: int) -> int:

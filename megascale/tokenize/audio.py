@@ -26,6 +26,7 @@ _CHUNKED: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
     b"RIFX": ("big", b"data"),
     b"FORM": ("big", b"SSND"),
 }
+_MOST_CHUNKS = 1000  # of a hostile file that is nothing but chunks
 _OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the largest
 _LOWEST_HZ, _HIGHEST_HZ = 1000, 1_000_000  # of recordings; a header that says otherwise lies
 _MOST_SAMPLES_PER_BYTE = (
@@ -214,18 +215,18 @@ def _check_header(sound: soundfile.SoundFile | Container, url: str, size: int) -
 
 def _check_is_whole(file: IO[bytes], url: str, size: int) -> None:
     """Compare a file's header with its size: libsndfile reads a truncated one, or one that claims 4 GB, as if whole."""
-    start, length = _announced_audio(file, size)
+    start, length = _announced_audio(file, url, size)
     if start + length > size:
         raise AudioError(f"{url}: truncated: {max(0, size - start)} bytes of audio of {length} in its header")
-    if not _ogg_has_its_end(file, size):
-        raise AudioError(f"{url}: truncated: its last page is missing")
+    _check_ogg(file, url, size)
     file.seek(0)
 
 
-def _announced_audio(file: IO[bytes], size: int) -> tuple[int, int]:
+def _announced_audio(file: IO[bytes], url: str, size: int) -> tuple[int, int]:
     """Return where the audio of a WAV, RF64, AIFF or AU begins, and how many bytes of it the header announces.
 
-    (0, 0) for the rest: FLAC and mp3 announce samples, which are counted when they are decoded.
+    (0, 0) for the rest: FLAC and mp3 announce samples, which are counted when they are decoded. Raises AudioError if
+    the audio is not among the first chunks.
     """
 
     def number(order: Literal["little", "big"], width: int = 4) -> int:
@@ -239,7 +240,9 @@ def _announced_audio(file: IO[bytes], size: int) -> tuple[int, int]:
         return 0, 0
     order, audio = _CHUNKED[magic]
     position, long_length = 12, 0
-    while position + 8 <= size:
+    for _ in range(_MOST_CHUNKS):
+        if position + 8 > size:
+            return 0, 0
         file.seek(position)
         name, length = file.read(4), number(order)
         if name == b"ds64":  # RF64 keeps lengths here that 32 bits cannot hold: of the file, then of the audio
@@ -247,16 +250,25 @@ def _announced_audio(file: IO[bytes], size: int) -> tuple[int, int]:
         if name == audio:
             return position + 8, long_length if long_length and length == 0xFFFFFFFF else length
         position += 8 + length + length % 2
-    return 0, 0
+    raise AudioError(f"{url}: no audio in its first {_MOST_CHUNKS} chunks")
 
 
-def _ogg_has_its_end(file: IO[bytes], size: int) -> bool:
-    """Return whether the last page of an Ogg stream is whole and says that it is the last. (RFC 3533, section 6)"""
+def _check_ogg(file: IO[bytes], url: str, size: int) -> None:
+    """Refuse an Ogg file whose last page is cut, or is of none of the streams that begin at its start: of streams one
+    after the other, libsndfile reads the first as if it were all. (RFC 3533, sections 4 and 6)"""
     file.seek(0)
-    if file.read(4) != b"OggS":
-        return True
+    head = file.read(_OGG_PAGE_BYTES)
+    if head[:4] != b"OggS":
+        return
     file.seek(max(0, size - _OGG_PAGE_BYTES))
     tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
     segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
-    return bool(segments) and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(segments)
+    if not segments or not page[5] & 4 or len(page) < 27 + page[26] + sum(segments):
+        raise AudioError(f"{url}: truncated: its last page is missing")
+    serials, at = set(), 0
+    while len(head) >= at + 27 and head[at : at + 4] == b"OggS" and head[at + 5] & 2:
+        serials.add(head[at + 14 : at + 18])
+        at += 27 + head[at + 26] + sum(head[at + 27 : at + 27 + head[at + 26]])
+    if page[14:18] not in serials:
+        raise AudioError(f"{url}: several Ogg streams one after the other, of which only the first could be read")

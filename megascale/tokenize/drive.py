@@ -84,36 +84,77 @@ class _Task:
 
 
 class _Hands:
-    """Which shards are in whose hands: a worker has up to `CALLS`, and a second one only if none waits for a first."""
+    """Which shards wait, and which are in whose hands: a worker has up to `CALLS`, and a second one only if none waits
+    for a first."""
 
-    def __init__(self, crew: _Crew) -> None:
-        self._crew = crew
+    def __init__(
+        self, ray: Any, stop: StopSignal, config: TokenizeConfig, crew: _Crew, missing: list[ShardPlan]
+    ) -> None:
+        self._ray, self._stop, self._config, self._crew = ray, stop, config, crew
+        self.waiting = deque(missing)
         self.running: dict[Any, _Task] = {}
-        self.suspects: set[int] = set()  # numbers of shards that a worker died with
+        self._suspects: set[int] = set()  # numbers of shards that a worker died with
+        self._deaths = Counter[int]()  # of workers that had the shard of this number alone
+        self._killers: dict[
+            int, list[Quarantined]
+        ] = {}  # clips that each shard of this number is to be encoded without
 
-    def give(self, waiting: deque[ShardPlan], killers: dict[int, list[Quarantined]]) -> None:
+    def give(self) -> None:
         """Give waiting shards to workers that are up."""
         starting = set(self._crew.starting.values())
         held: dict[int, list[_Task]] = {place: [] for place in range(len(self._crew.actors))}
         for task in self.running.values():
             if task.actor is self._crew.actors[task.place]:
                 held[task.place].append(task)
-        while waiting:
-            suspect = waiting[0].number in self.suspects
+        while self.waiting:
+            suspect = self.waiting[0].number in self._suspects
             up = [place for place in held if place not in starting and self._has_room(held[place], suspect)]
             if not up:
                 break
             place = min(up, key=lambda place: len(held[place]))
-            if held[place] and len(waiting) <= sum(not tasks for tasks in held.values()):
+            if held[place] and len(self.waiting) <= sum(not tasks for tasks in held.values()):
                 break
-            task = _Task(place, self._crew.actors[place], waiting.popleft(), shared=bool(held[place]))
+            task = _Task(place, self._crew.actors[place], self.waiting.popleft(), shared=bool(held[place]))
             for other in held[place]:
                 other.shared = True
             held[place].append(task)
-            self.running[task.actor.encode.remote(task.shard, killers.get(task.shard.number, []))] = task
+            self.running[task.actor.encode.remote(task.shard, self._killers.get(task.shard.number, []))] = task
 
     def _has_room(self, held: list[_Task], suspect: bool) -> bool:
-        return len(held) < (1 if suspect or any(task.shard.number in self.suspects for task in held) else CALLS)
+        return len(held) < (1 if suspect or any(task.shard.number in self._suspects for task in held) else CALLS)
+
+    def take_back(self, result: Any) -> tuple[int, dict[str, float]]:
+        """Take what a worker's call came to; its shard waits again if the worker died.
+
+        Returns the clips that are done with it, and what the worker spent. Raises DataError if workers die of a shard
+        again and again, and what a worker raised.
+        """
+        task = self.running.pop(result)
+        try:
+            spent = self._ray.get(result)
+        except self._ray.exceptions.RayTaskError as failure:
+            raise users_mistake(failure) from None
+        except self._ray.exceptions.RayError as failure:
+            self._replace(task, failure)
+            return 0, {}
+        self._suspects.discard(task.shard.number)
+        return len(task.shard.clips), spent
+
+    def _replace(self, task: _Task, failure: Exception) -> None:
+        """Replace a worker that died, and look for the clip that did it if its shard was alone with it too often."""
+        shard = task.shard
+        say(f"{shard.name}: its worker died; trying again")
+        self._suspects.add(shard.number)
+        self._deaths[shard.number] += not task.shared
+        if task.actor is self._crew.actors[task.place]:  # its other call ends here too
+            self._crew.start(task.place)
+        if self._deaths[shard.number] >= self._config.workers.attempts:
+            if shard.number in self._killers:
+                raise DataError(f"{shard.name}: its worker dies again and again: {_last_line(failure)}") from None
+            found = _find_killers(self._ray, self._stop, self._config, self._crew, task.place, shard)
+            self._killers[shard.number] = found
+            self._deaths[shard.number] = 0
+        self.waiting.appendleft(shard)
 
 
 def drive(
@@ -139,45 +180,24 @@ def drive(
     Returns:
         Seconds of audio, seconds spent per stage, and counts, over all workers.
     """
-    waiting, deaths, killers = deque(missing), Counter[int](), dict[int, list[Quarantined]]()
     done = plan.num_clips - sum(len(shard.clips) for shard in missing)
     progress = Progress("tokenising", plan.num_clips, done, "clips")
     spent: defaultdict[str, float] = defaultdict(float)
     spent["quarantined"] = len(plan.unreadable)
     began = time.monotonic()
     crew = _Crew(ray, start, count, config.workers.attempts)
-    hands = _Hands(crew)
-    while waiting or hands.running:
+    hands = _Hands(ray, stop, config, crew, missing)
+    while hands.waiting or hands.running:
         stop.check()
-        hands.give(waiting, killers)
+        hands.give()
         for result in ray.wait([*crew.starting, *hands.running], timeout=1.0)[0]:
             if result in crew.starting:
                 crew.started(result)
-            if result not in hands.running:
-                continue
-            task = hands.running.pop(result)
-            place, shard = task.place, task.shard
-            try:
-                for name, value in ray.get(result).items():
+            elif result in hands.running:
+                clips, took = hands.take_back(result)
+                done += clips
+                for name, value in took.items():
                     spent[name] += value
-                done += len(shard.clips)
-                hands.suspects.discard(shard.number)
-            except ray.exceptions.RayTaskError as failure:
-                raise users_mistake(failure) from None
-            except ray.exceptions.RayError as failure:
-                say(f"{shard.name}: its worker died; trying again")
-                hands.suspects.add(shard.number)
-                deaths[shard.number] += not task.shared
-                if task.actor is crew.actors[place]:  # its other call ends here too
-                    crew.start(place)
-                if deaths[shard.number] >= config.workers.attempts:
-                    if shard.number in killers:
-                        raise DataError(
-                            f"{shard.name}: its worker dies again and again: {_last_line(failure)}"
-                        ) from None
-                    killers[shard.number] = _find_killers(ray, stop, config, crew, place, shard)
-                    deaths[shard.number] = 0
-                waiting.appendleft(shard)
         rate = spent["audio"] / max(1e-9, time.monotonic() - began)
         progress.update(done, f"{rate:.1f} hours of audio an hour, {spent['quarantined']:.0f} quarantined")
     progress.close(f"{spent['quarantined']:.0f} quarantined")

@@ -2,7 +2,7 @@
 
 On a CPU the codes are those of `encodec` 0.1.1 on one thread, bit by bit, in an order that suits caches. `encodec` runs
 one layer over a whole clip before the next: 30 MB of activations come from memory and go back at every layer. Here the
-convolutions, which are all causal, run over 0.43 s at a time, each keeping the few columns that its next tile needs, and
+convolutions, which are all causal, run over 0.85 s at a time, each keeping the few columns that its next tile needs, and
 weight norm is computed once. Every sum is taken over the same terms in the same order, by the same kernels of oneDNN,
 so that tiles change nothing (tested at many lengths). Memory does not grow with a clip's length.
 
@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from megascale.errors import ConfigError
 from megascale.tokens import SAMPLES_PER_FRAME
 
-_TILE = 32 * SAMPLES_PER_FRAME  # samples: few enough for the widest layer's activations to stay in the cache
-_SEGMENT = 24 * _TILE  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
+# samples: few enough for the widest layer's activations to stay in the cache, and as many as make torch take oneDNN's
+# kernel for the first layer; up to 20,480 numbers it has one of its own, which rounds otherwise on CPUs without AVX-512
+# (`use_mkldnn` in its Convolution.cpp)
+_TILE = 64 * SAMPLES_PER_FRAME
+_SEGMENT = 12 * _TILE  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
 
 _MOST_SAMPLES = 640 * 75 * SAMPLES_PER_FRAME  # at once on a GPU, whose first layer makes 128 bytes of each
 _MOST_CHANGED = 0.005  # share of codebook 0's codes that a lower precision may change
@@ -82,6 +85,7 @@ class BatchedEncoder:
         torch.backends.cudnn.allow_tf32 = False  # on by default, and not what fp32 says
         self._model = model.to(device)
         self._device, self._precision = device, precision
+        self.is_checked = precision == "fp32"
 
     def encode(self, clips: Sequence[np.ndarray], num_codebooks: int) -> list[np.ndarray]:
         """Encode clips: float32 24 kHz mono, (S,) each. Returns codes_QT, int16, of each."""
@@ -89,6 +93,8 @@ class BatchedEncoder:
 
     def check_precision(self, clips: Sequence[np.ndarray], num_codebooks: int) -> tuple[float, float]:
         """Encode clips in fp32 too. Returns the share of codes that the precision changes: of codebook 0, and of all.
+
+        Once is enough for a process: what it depends on, the device and its libraries, stays.
 
         Raises ConfigError if it changes more than 0.5% of codebook 0's codes.
         """
@@ -100,6 +106,7 @@ class BatchedEncoder:
                 f"tokenize.codec.precision={self._precision}: changes {first:.2%} of codebook 0's codes on this device "
                 f"({_MOST_CHANGED:.1%} are allowed); use fp32, in another tokenize.output.url"
             )
+        self.is_checked = True
         return first, every
 
     @torch.inference_mode()

@@ -61,6 +61,7 @@ def run(config: TokenizeConfig) -> Manifest:
     url = config.output.url
     check_stays(url, "tokenize.output.url")
     stored = read_plan(config)
+    storage.remove_leftovers(url)
     if storage.exists(storage.join(url, MANIFEST)):
         manifest = read_manifest(url)
         say(f"{url}: already done: {manifest.num_clips} clips in {len(manifest.shards)} shards")
@@ -134,7 +135,7 @@ def _agree(config: TokenizeConfig, plan: Plan, fitted: bytes | None) -> Plan:
         storage.publish_bytes(codec_url(config), fitted, create_only=True)
     where = storage.join(config.output.url, PLAN)
     if storage.publish_bytes(where, storage.read_bytes(where), create_only=True):
-        time.sleep(_SETTLE_SECONDS)  # the store ignores create-only
+        time.sleep(_SETTLE_SECONDS)  # the store, or a disk without hard links, ignores create-only
     agreed = read_plan(config)
     assert agreed is not None, "it was just written"
     return agreed
@@ -159,10 +160,13 @@ def _encode_shards(
             say(f"the Ray cluster has room for {available} of {count} workers; the others start when there is more")
         actor = ray.remote(ShardWorker).options(num_cpus=1, num_gpus=config.workers.gpus_each, max_concurrency=CALLS)
         say(f"encoding {sum(len(s.clips) for s in missing)} clips in {len(missing)} shards with {count} workers")
-        # another driver of this job, if there is one, is to begin elsewhere; no byte depends on the order
-        first = random.SystemRandom().randrange(len(missing))
-        missing = missing[first:] + missing[:first]
-        return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, missing, plan)
+        return drive(ray, stop, config, lambda: actor.remote(config, codec_file), count, _from_anywhere(missing), plan)
+
+
+def _from_anywhere(missing: list[ShardPlan]) -> list[ShardPlan]:
+    """Begin at any shard: another driver of this job, if there is one, begins elsewhere. No byte depends on the order."""
+    first = random.SystemRandom().randrange(len(missing))
+    return missing[first:] + missing[:first]
 
 
 # --------------------------------------------------------------------------------------------------------- the finish

@@ -23,9 +23,10 @@ from megascale.errors import (
 from megascale.log import Progress, say
 from megascale.storage import StorageConfig
 from megascale.tokenize import audio, streams
+from megascale.tokenize.clips import Clip, ClipsConfig, Recording, cut
 from megascale.tokenize.codec import CALIBRATE, load_codec
 from megascale.tokenize.shards import ShardPlan, plan_shards
-from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import codebooks_for
 
 PLAN = "plan.json"
@@ -52,14 +53,14 @@ class CodecConfig(Section):
         8, ge=1, description="clips given to the encoder together; a GPU wants 64, and a CPU's codes don't depend on it"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: GPUs only; each shard's first batch is also encoded in fp32, to tell what changes"
+        "fp32", description="bf16: GPUs only; each worker's first batch is also encoded in fp32, to tell what changes"
     )
 
     @model_validator(mode="after")
     def _whole_codebooks(self) -> "CodecConfig":
         try:
             codebooks_for(self.bitrate_kbps)
-        except Exception as failure:
+        except TokenError as failure:
             raise ValueError(str(failure)) from None
         return self
 
@@ -203,6 +204,13 @@ def _what_fixes_the_shards(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def make_plan(config: TokenizeConfig) -> Plan:
+    """List the corpus, read the headers that cutting needs, and cut it to clips and shards; writes nothing.
+
+    Raises:
+        ConfigError: no such codec, or nothing to fit one to.
+        DataError: nothing can be read, or the corpus is not laid out as its kind says.
+        StorageError: nothing is there, or the store does not answer.
+    """
     if config.codec.weights != CALIBRATE and not storage.exists(config.codec.weights):
         raise ConfigError(f"tokenize.codec.weights={config.codec.weights}: no such file (or write `calibrate`)")
     recordings, notes = list_recordings(config.source)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from megascale import storage
 from megascale.data.index import Member, Quarantined, ShardIndex, broken, index_name
 from megascale.errors import DataError
-from megascale.tokenize.sources import Clip
+from megascale.tokenize.clips import Clip
 from megascale.tokens import num_frames, write_ecdc
 
 

@@ -14,11 +14,11 @@ from megascale import seeding, storage
 from megascale.data.index import Quarantined
 from megascale.errors import AudioError, CredentialsError, StorageError, TokenError
 from megascale.tokenize import audio, streams
+from megascale.tokenize.clips import Clip
 from megascale.tokenize.codec import calibrate, load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
 from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard, read_committed
-from megascale.tokenize.sources import Clip
 from megascale.tokens import SAMPLE_RATE_HZ, codebooks_for
 
 CALLS = 2  # shards a worker has in hand
@@ -71,7 +71,7 @@ class ShardWorker:
                 started = time.perf_counter()
                 spent["idle"] += started - max(began, self._idle_since)
                 sounds = [audio_S for _, audio_S in batch]
-                if self._gpu and self._config.codec.precision != "fp32" and "checked" not in spent:
+                if self._gpu and not self._gpu.is_checked:
                     changed = self._gpu.check_precision(sounds, self._num_codebooks)
                     spent["checked"], spent["changed_q0"], spent["changed"] = 1, *changed
                 codes = (self._gpu or self._codec).encode(sounds, self._num_codebooks)

@@ -24,7 +24,7 @@ from torch import Tensor
 from megascale import storage
 from megascale.config import Section
 from megascale.errors import CheckpointError, StorageError
-from megascale.publishing import settle, settle_one
+from megascale.local_disk import settle, settle_one
 from megascale.train import manifest as manifests
 from megascale.train.manifest import CHANGED, CHECKPOINTS, MANIFEST, MISSING, THREADS, CheckpointManifest
 

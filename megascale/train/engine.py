@@ -124,7 +124,9 @@ class Engine:
         """
         self._optim, self.stage, self._num_steps, self._accumulation = optim, zero.stage, num_steps, accumulation
         self.universal = universal and zero.stage > 0  # ZeRO-0 keeps everything on every rank: nothing to convert
-        self.settings = deepspeed_settings(optim, zero, micro_batch, accumulation, self.universal)
+        self.settings = deepspeed_settings(
+            optim, zero, micro_batch, accumulation, sum(p.numel() for p in model.parameters()), self.universal
+        )
         groups = [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-# DeepSpeed's defaults. Gradients are gathered for reduction in a buffer of this many, however small the model is.
+# DeepSpeed's defaults: gradients are gathered for reduction in a buffer of at most so many
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_WEIGHTS = 1_000_000_000
 
@@ -46,5 +46,5 @@ def state_bytes(num_weights: int, stage: int, precision: str, ranks: int) -> Sta
         weights=size * ((share if stage == 3 else num_weights) + gathered),
         gradients=size * (share if stage >= 2 else num_weights),
         optimizer=12 * share,
-        buffers=size * REDUCE_BUCKET,
+        buffers=size * min(REDUCE_BUCKET, num_weights),
     )

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megascale.config import Section
 from megascale.errors import ConfigError
+from megascale.train.memory import REDUCE_BUCKET
 from megascale.train.schedule import OptimConfig
 
 
@@ -54,13 +55,14 @@ _OWNED = {
 
 
 def deepspeed_settings(
-    optim: OptimConfig, zero: ZeroConfig, micro_batch: int, accumulation: int, universal: bool = False
+    optim: OptimConfig, zero: ZeroConfig, micro_batch: int, accumulation: int, num_weights: int, universal: bool = False
 ) -> dict[str, Any]:
     """Return the config that DeepSpeed gets: what ours says, and the user's own JSON.
 
     Args:
         optim, zero: AdamW, and what is sharded.
         micro_batch, accumulation: clips per rank and forward pass, and forward passes per update.
+        num_weights: of the whole model.
         universal: whether the checkpoint to be loaded is a universal one.
 
     Raises:
@@ -70,7 +72,8 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
-        "zero_optimization": {"stage": zero.stage},
+        # DeepSpeed allocates this buffer whole, however small the model is
+        "zero_optimization": {"stage": zero.stage, "reduce_bucket_size": min(REDUCE_BUCKET, num_weights)},
         "bf16": {"enabled": zero.precision == "bf16", "check_grad_overflow": True},
         "steps_per_print": 2**62,  # our own loop reports
     }

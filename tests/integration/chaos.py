@@ -16,9 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -186,40 +187,47 @@ def count_of_workers(chaos: Chaos) -> Iterator[Line]:
         yield line
 
 
-def kill_workers(chaos: Chaos, times: int, pause_seconds: float) -> Iterator[Line]:
-    line, done = Line("kill -9 of a worker", times), 0
+def kill(
+    chaos: Chaos, what: str, times: int, most_seconds: float, strike: Callable[[subprocess.Popen], bool]
+) -> Iterator[Line]:
+    """Strike at random moments, at one job after another until it was done often enough; a job that died of it is
+    started again. `strike` returns whether it found what to kill."""
+    line, done = Line(f"kill -9 of {what}", times), 0
     while done < times and not line.wrong:
-        out = chaos.folder / f"workers-{line.jobs}"
+        out = chaos.folder / f"{what.split()[-1]}-{line.jobs}"
         job = chaos.start(chaos.folder / "audio", out)
-        while job.poll() is None and done < times:
-            time.sleep(chaos.random.uniform(0, 2 * pause_seconds))
-            if victims := chaos.workers(job):
-                chaos.random.choice(victims).kill()
-                done += 1
+        while done < times and still_runs(job, chaos.random.uniform(0, most_seconds)):
+            done += strike(job)
+            if job.poll() == -signal.SIGKILL:
+                job = chaos.start(chaos.folder / "audio", out)
         chaos.finish(line, job, out)
+    say(f"{chaos.end_leftovers()} processes were left after kill -9 of {what}")
     yield line
 
 
-def kill_drivers(chaos: Chaos, times: int, first_seconds: float) -> Iterator[Line]:
-    line, done = Line("kill -9 of the driver", times), 0
-    while done < times and not line.wrong:
-        out = chaos.folder / f"drivers-{line.jobs}"
-        job = chaos.start(chaos.folder / "audio", out)
-        while done < times:
-            end = time.monotonic() + chaos.random.uniform(0.5, 2.5 * first_seconds)
-            while time.monotonic() < end and job.poll() is None:
-                time.sleep(0.05)
-            if job.poll() is not None:
-                break
-            chaos.processes(job)
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
-            done += 1
-            job = chaos.start(chaos.folder / "audio", out)
-        chaos.finish(line, job, out)
-    left = chaos.end_leftovers()
-    say(f"{left} processes of killed drivers were left")
-    yield line
+def still_runs(job: subprocess.Popen, seconds: float) -> bool:
+    """Return whether a job still runs after so many seconds; at once if it ends before."""
+    try:
+        job.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def strike_worker(chaos: Chaos, job: subprocess.Popen) -> bool:
+    victims = chaos.workers(job)
+    with suppress(psutil.NoSuchProcess):
+        if victims:
+            chaos.random.choice(victims).kill()
+            return True
+    return False
+
+
+def strike_driver(chaos: Chaos, job: subprocess.Popen) -> bool:
+    chaos.processes(job)  # noted, for they may outlive it
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    return True
 
 
 def faults_of_s3(chaos: Chaos, seed: int) -> Iterator[Line]:
@@ -303,8 +311,8 @@ def main() -> int:
         say(f"undisturbed: the first shard came after {first_seconds:.0f} s")
         parts = (
             count_of_workers(chaos),
-            kill_workers(chaos, options.worker_kills, first_seconds / 2),
-            kill_drivers(chaos, options.driver_kills, first_seconds),
+            kill(chaos, "a worker", options.worker_kills, first_seconds, partial(strike_worker, chaos)),
+            kill(chaos, "the driver", options.driver_kills, 2.5 * first_seconds, partial(strike_driver, chaos)),
             faults_of_s3(chaos, options.seed),
             disk_full(chaos),
         )

@@ -185,11 +185,14 @@ def test_what_can_be_learned_is_learned_beyond_the_unigram_baseline(tokens, tmp_
 
 
 def test_bad_input_ends_with_2_names_the_culprit_and_writes_nothing(tokens, tmp_path):
+    contradicts = tmp_path / "ds.json"
+    contradicts.write_text('{"gradient_clipping": 7}')
     cases = [
         ((tokens, "optim.lrr=1"), "pretrain.optim.lrr=1: unknown key; did you mean 'lr'?"),
         ((tokens, "data.bitrate_kbps=24"), "data.bitrate_kbps=24"),
         ((tokens, "data.bitrate_kbps=1"), "multiple of 0.75"),
         ((tmp_path / "nowhere",), "nowhere: no manifest.json"),
+        ((tokens, f"zero.deepspeed_json={contradicts}"), "gradient_clipping is set by this config's optim.clip_norm"),
     ]
     for (folder, *overrides), message in cases:
         printed = run(command("pretrain.py", *arguments(folder, tmp_path / "run", *overrides)), exit_code=2)

@@ -136,6 +136,14 @@ def test_zero_stages_train_alike(straight):
                 torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-5)
 
 
+def test_ranks_that_share_validation_find_what_one_finds_alone(straight):
+    """Five batches of held-out clips: one of two ranks has one less."""
+    alone, shared = ([row for row in metrics(straight(ranks, 1)) if "valid/loss" in row] for ranks in (1, 2))
+    assert [row["step"] for row in alone] == [row["step"] for row in shared] == [4, 8, 9]
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)  # weights differ by roundings
+
+
 def test_run_that_dropped_the_loaders_state_would_end_otherwise(tokens, straight, tmp_path):
     """The negative control: the same resume, with batches that begin again at the first."""
     folder = crashed_copy(straight(1, 1), tmp_path / "run", MID_EPOCH)

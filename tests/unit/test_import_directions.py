@@ -21,7 +21,7 @@ LEVELS = (
         "cluster",
         "run_folder",
         "storage",
-        "publishing",
+        "local_disk",
         "retry",
         "tokens",
         "seeding",

@@ -21,8 +21,9 @@ from megascale.downstream.table1 import ARMS, BITRATES_KBPS, LabelledTokens
 from megascale.errors import AudioError, DataError, QuarantineExceeded, StorageError
 from megascale.quickstart import QuickstartConfig
 from megascale.tokenize import audio
+from megascale.tokenize.clips import ClipsConfig, Recording, cut
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
-from megascale.tokenize.sources import ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import model_name
 
 LOG_MEL = "log-mel logistic regression"

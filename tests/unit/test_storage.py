@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import resource
 import stat
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +10,10 @@ from contextlib import contextmanager
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from support import largest_file
 
 from megascale import storage
 from megascale.errors import Stopped, StorageError
-
-
-@contextmanager
-def largest_file(size: int):
-    """A disk that is full after `size` bytes of a file, for this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(folder, *names):

@@ -13,7 +13,8 @@ from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER, CellsConfig, LabelledTokens, Table1Config
-from megascale.errors import ConfigError
+from megascale.errors import ConfigError, MegascaleError
+from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
 
 CHECKPOINTS = {1.5: "run-1k5", 12.0: "run-12k"}
@@ -43,6 +44,27 @@ def chosen(scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, 
         finished.append((cell, result(cell, **(scores.get((cell.lr, cell.seed), {}) if here else {}))))
     found = table1._choose(ROWS[:1], finished)
     return next(s for s in found["summary"] if (s["arm"], s["bitrate_kbps"]) == ("scratch", 1.5))
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+@pytest.mark.parametrize(("working_dir", "url", "kept"), [("gcs://_ray_pkg_0.zip", "runs/t", False), (None, "t", True)])
+def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
+    tmp_path, monkeypatch, working_dir, url, kept
+):
+    """As `ray job submit` tells its job. What is not refused goes on to the token folders, of which there are none."""
+    monkeypatch.chdir(tmp_path)
+    environment = {"working_dir": working_dir} if working_dir else {}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": environment}))
+    data = dict.fromkeys(("gtzan", "nsynth", "music_speech"), str(tmp_path / "none"))
+    job = table1.CellJob(FinetuneConfig, finetune.check, finetune.run)
+    lost = f"^table1.output.url={url}: lies in Ray's copy of the working directory, which Ray deletes; "
+    for output, refused in ((url, not kept), (str(tmp_path / "t"), False)):
+        tree = {"data": data, "checkpoints": {"1k5": "none", "12k": "none"}, "output": {"url": output}}
+        with pytest.raises(MegascaleError, match=lost if refused else "none"):
+            table1.run(validate(Table1Config, "table1", tree), job)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- cells

@@ -214,6 +214,28 @@ def test_wav_with_chunks_before_and_after_its_audio_is_read(tmp_path):
     assert np.array_equal(read_clip(url), expected)
 
 
+@pytest.mark.parametrize(("count", "whole"), [(900, True), (1000, False), (1_000_000, False)])
+def test_wav_of_nothing_but_chunks_is_not_walked_to_its_end(tmp_path, count, whole):
+    body = wav(bytes(48_000), before=b"junk\0\0\0\0" * count)[8:]
+    (tmp_path / "x.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    if whole:
+        assert len(read_clip(str(tmp_path / "x.wav"))) == 36_000  # 24,000 samples at 16 kHz
+    else:
+        assert "no audio in its first 1000 chunks" in refused(str(tmp_path / "x.wav"))
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("ogg", {}), ("opus", {"format": "OGG", "subtype": "OPUS"})])
+def test_ogg_of_several_streams_is_refused_because_only_the_first_would_be_read(tmp_path, suffix, options):
+    links = [tmp_path / f"{seconds}.{suffix}" for seconds in (1, 2)]
+    for seconds, link in enumerate(links, start=1):
+        soundfile.write(link, tone(seconds, 48_000, 440), 48_000, **options)
+    assert len(read_clip(str(links[0]))) == 24_000
+    path = tmp_path / f"chained.{suffix}"
+    path.write_bytes(b"".join(link.read_bytes() for link in links))
+    assert soundfile.info(path).duration == 1.0  # what libsndfile takes for the whole
+    assert "only the first could be read" in refused(str(path))
+
+
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "aiff", "au", "ogg"])
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.5, 0.98])
 def test_other_truncated_file_is_refused(tmp_path, suffix, share):

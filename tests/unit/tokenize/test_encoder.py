@@ -11,8 +11,9 @@ from support import tone
 from megascale.errors import ConfigError
 from megascale.tokenize.encoder import BatchedEncoder, TiledEncoder
 
-# a tile has 10,240 samples, a segment 245,760
-LENGTHS = [1, 6, 7, 8, 319, 320, 321, 5_000, 10_240, 20_479, 20_480, 20_481, 48_123, 245_761, 491_519, 491_520, 700_001]
+# a tile has 20,480 samples, a segment 245,760; up to 20,480 with its padding of 6, a clip's first layer has another kernel
+LENGTHS = [1, 6, 7, 8, 319, 320, 321, 5_000, 20_474, 20_475, 20_480, 40_959, 40_960, 40_961, 61_447]
+LENGTHS += [245_761, 491_519, 491_520, 700_001]
 
 
 def sound(samples: int) -> np.ndarray:

@@ -13,8 +13,9 @@ from support import FINGERPRINT, write_tones
 from megascale import storage
 from megascale.data.index import Quarantined, ShardIndex
 from megascale.errors import DataError
+from megascale.tokenize.clips import Clip, ClipsConfig, cut
 from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, plan_shards, publish_shard, read_committed
-from megascale.tokenize.sources import Clip, ClipsConfig, SourceConfig, cut, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import num_frames, read_ecdc
 
 NAME = "encodec_24khz+abababab"
@@ -131,7 +132,7 @@ def test_corpus_elsewhere_gives_the_same_bytes(tmp_path):
 
 def test_longest_key_fits_its_name():
     long = "x" * 200 + ".wav"
-    from megascale.tokenize.sources import Recording
+    from megascale.tokenize.clips import Recording
 
     (item,) = encode(cut(Recording("/" + long, long), 1.0, ClipsConfig()))
     data, index = build_shard(ShardPlan(0, [item.clip]), [item], [], NAME, FINGERPRINT)

@@ -10,9 +10,10 @@ from test_worker import config
 from megascale import storage
 from megascale.data.index import Quarantined
 from megascale.errors import ConfigError, DataError, TokenError
+from megascale.tokenize.clips import Clip, ClipsConfig, Recording, cut
 from megascale.tokenize.plan import make_plan
 from megascale.tokenize.shards import EncodedClip
-from megascale.tokenize.sources import Clip, ClipsConfig, Recording, SourceConfig, cut, list_recordings
+from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokenize.streams import probe_seconds, read_stream
 from megascale.tokenize.worker import _read_clip
 from megascale.tokens import PUBLISHED_NAME, write_ecdc

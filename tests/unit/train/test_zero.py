@@ -13,7 +13,7 @@ from megascale.train.zero import ZeroConfig, deepspeed_settings
 
 def settings(path: Path | None = None, **zero: object) -> dict:
     config = ZeroConfig(deepspeed_json=None if path is None else str(path), **zero)
-    return deepspeed_settings(OptimConfig(clip_norm=0.5), config, micro_batch=4, accumulation=3)
+    return deepspeed_settings(OptimConfig(clip_norm=0.5), config, micro_batch=4, accumulation=3, num_weights=100)
 
 
 def own(folder: Path, content: object) -> Path:
@@ -34,9 +34,10 @@ def test_our_config_becomes_deepspeeds():
 
 
 def test_a_users_json_is_merged_at_every_depth(tmp_path):
-    path = own(tmp_path, {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True})
+    own_zero = {"reduce_bucket_size": 1000, "overlap_comm": False}
+    path = own(tmp_path, {"zero_optimization": own_zero, "wall_clock_breakdown": True})
     made = settings(path, stage=2)
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made["zero_optimization"] == {"stage": 2, **own_zero}
     assert made["wall_clock_breakdown"] is True
     assert made["gradient_clipping"] == 0.5
 

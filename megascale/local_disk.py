@@ -1,17 +1,22 @@
-"""All or nothing on a local disk: a file is written beside its place and appears there by rename."""
+"""Files of a local or shared disk: written whole under a hidden name first, then shown by a link or a rename."""
 
 import contextlib
 import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megascale.errors import StorageError
 
+_PART = ".part"  # of the hidden file that a local one is written as
+_STALE_SECONDS = 3600.0  # no write takes so long, clocks of two machines that share a disk included
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-def publish_local(
+
+def publish(
     path: Path, blocks: Iterable[bytes], create_only: bool = False, accept: Callable[[], bool] = lambda: True
 ) -> bool:
     """Write a whole file: it appears when all its blocks are on the disk. Folders appear as needed.
@@ -19,7 +24,7 @@ def publish_local(
     Args:
         path: where.
         blocks: what, piece by piece.
-        create_only: leave an existing file alone.
+        create_only: leave an existing file alone, where the disk has hard links.
         accept: asked when all blocks are written whether the file is to appear.
 
     Returns:
@@ -40,7 +45,7 @@ def publish_local(
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide outputs from a team sharing the folder
-                if create_only:
+                if create_only and _has_links(temporary):
                     os.link(temporary, path)
                 else:
                     os.replace(temporary, path)
@@ -58,7 +63,7 @@ def publish_local(
 def _temporary_beside(path: Path) -> tuple[int, str]:
     """Open a new file that is locked for as long as its writer lives: see `remove_partial`."""
     while True:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
         with contextlib.suppress(OSError):  # some network disks know no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:  # else removed before it was locked
@@ -69,10 +74,36 @@ def _temporary_beside(path: Path) -> tuple[int, str]:
 def remove_partial(folder: Path, name: str) -> None:
     """Remove what killed writers have left half-written of files that `name`, a glob, matches; what a living one is at
     work on is left alone."""
-    for path in folder.glob(f".{name}.*.part"):
+    for path in folder.glob(f".{name}.*{_PART}"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def _has_links(temporary: str) -> bool:
+    """Return whether a file's disk has hard links, which it tells only of a name that is free."""
+    other = temporary + _PART
+    try:
+        os.link(temporary, other)
+    except OSError as failure:
+        if failure.errno in _NO_LINKS:
+            return False
+        raise
+    os.unlink(other)
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files that killed writers left in a folder.
+
+    Only what is older than an hour: another process may be writing there. What cannot be removed stays, and harms nobody.
+    """
+    newest = time.time() - _STALE_SECONDS
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name.endswith(_PART):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < newest:
+                    path.unlink()
 
 
 def settle(folder: Path) -> None:
