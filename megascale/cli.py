@@ -98,7 +98,9 @@ def _main(
         path = rest.pop(0) if "=" not in rest[0] or Path(rest[0]).is_file() else None
         config = load_config(schema, job, path, rest)
         if "--dry-run" in arguments:
-            print(describe(config))
+            plan = describe(config)
+            if rank() == 0:
+                print(plan)
         else:
             stop_on_signal()
             run(config)

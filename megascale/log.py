@@ -158,12 +158,15 @@ def _one_line(failure: Exception) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """Read `metrics.jsonl` up to the first line that is none of ours: a crash may have cut the last one short."""
     rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
     return rows

@@ -38,7 +38,7 @@ class DataConfig(Section):
 
     url: str = Field(description="token folder, as launch/tokenize_audio.py made it")
     bitrate_kbps: float = Field(1.5, description="read so many kbps of what is stored: 1.5 is Q=2, 12 is Q=16")
-    clip_seconds: float = Field(10.0, gt=0, description="random crop of longer clips; shorter ones are padded")
+    clip_seconds: float = Field(10.0, ge=0.02, description="random crop of longer clips; shorter ones are padded")
     valid_share: float = Field(
         0.02, ge=0, lt=1, description="share of clips held out for validation, by hash of recording"
     )
@@ -242,10 +242,15 @@ def split_held_out(folder: TokenFolder, valid_share: float) -> tuple[np.ndarray,
     return train, valid, tuple(int(n) for n in sizes)
 
 
-def unigram_counts(folder: TokenFolder, clips: np.ndarray, limit: int = 2000) -> np.ndarray:
-    """Count how often each code occurs per codebook, float64 (Q, V), over about `limit` clips spread evenly."""
+def unigram_counts(folder: TokenFolder, clips: np.ndarray, num_clips: int = 2000, num_shards: int = 32) -> np.ndarray:
+    """Count how often each code occurs per codebook, float64 (Q, V), over about `num_clips` clips spread evenly over
+    `num_shards` shards that are spread evenly over the folder: a remote one is not fetched whole for this."""
     counts_QV = np.zeros((folder.num_codebooks, CODEBOOK_SIZE))
-    for _, codes_QT in folder.sweep(clips[:: max(1, len(clips) // limit)]):
+    shard_of = np.array([folder.members[clip][0] for clip in clips], int)
+    shards = np.unique(shard_of)
+    chosen = shards[np.linspace(0, len(shards) - 1, min(num_shards, len(shards))).round().astype(int)]
+    clips = clips[np.isin(shard_of, chosen)]
+    for _, codes_QT in folder.sweep(clips[:: max(1, len(clips) // num_clips)]):
         for q, codes_T in enumerate(codes_QT):
             counts_QV[q] += np.bincount(codes_T, minlength=CODEBOOK_SIZE)
     return counts_QV

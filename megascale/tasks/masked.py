@@ -69,14 +69,16 @@ class Validator:
         # what the baseline loses on training codes, which is beside the training loss what valid/unigram_loss is beside
         # the held-out one
         self.unigram_loss_Q = torch.from_numpy((counts_QV * -np.log(smoothed_QV)).sum(axis=1) / counts_QV.sum(axis=1))
+        self._kept: list[tuple[Batch, bool]] = []  # they are few and the same each time, and a store is far
         self.newest: dict[str, float] = {}
 
     def __call__(self, steps: int) -> dict[str, float]:
         """Validate; every rank must call it, takes its share of the clips, and returns the same."""
         if not len(self._clips):
             return {}
+        self._kept = self._kept or list(self._batches())
         sums = Sums()
-        for batch, counts in self._batches():
+        for batch, counts in self._kept:
             output = self._engine.evaluate(batch)
             clips = len(batch["codes_BTQ"])
             values = {"loss": output.loss_Q * clips, "acc": output.correct_Q, "count": output.count_Q}

@@ -28,6 +28,8 @@ class Plan:
     mfu: float
     peak_tflops: float | None
     recompute: bool = False
+    offload: bool = False
+    ema: bool = False
 
 
 def clip_work(num_frames: int, num_codebooks: int, mask: MaskConfig) -> Work:
@@ -86,7 +88,7 @@ def _memory_lines(plan: Plan, stage: int, ranks: int) -> list[str]:
     lines = [f"GiB on each GPU in {plan.precision} (activations are an estimate, see README):", _row(header)]
     for gpus in sorted({ranks, 8}):
         for choice in range(1 if plan.precision == "bf16" else 0, 4):
-            state = state_bytes(plan.num_weights, choice, plan.precision, gpus)
+            state = state_bytes(plan.num_weights, choice, plan.precision, gpus, plan.offload and choice > 0, plan.ema)
             cells = [f"{value / 2**30:.2f}" for value in (*state, activations, state.total + activations)]
             mark = "  <- this run" if (gpus, choice) == (ranks, stage) else ""
             lines.append(_row((str(gpus), str(choice), *cells)) + mark)

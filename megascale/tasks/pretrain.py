@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megascale import run_folder, seeding, storage
 from megascale.config import Section
@@ -28,7 +28,7 @@ from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
 from megascale.train.device import device_name, peak_tflops
-from megascale.train.engine import Engine, barrier, init_distributed, on_first_rank
+from megascale.train.engine import Engine, barrier, check_settings, init_distributed, make_deterministic, on_first_rank
 from megascale.train.loop import Hooks, fit
 from megascale.train.manifest import CHECKPOINTS
 from megascale.train.profiling import StepProfiler
@@ -55,6 +55,10 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="keep what lies between blocks alone, and compute the rest again in the backward pass"
     )
+    deterministic: bool = Field(
+        True,
+        description="only operators that give the same bits each time; without, a GPU may be faster and not resume exactly",
+    )
     compile: bool = Field(False, description="torch.compile each Transformer block; needs a C++ compiler on CPUs")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="also keep the weights' exponential moving average, in model_ema/; null: off"
@@ -79,6 +83,13 @@ class LogConfig(Section):
         None, gt=0, description="of one device, for MFU; null: by the GPU's name, and no MFU on a CPU"
     )
     plan_mfu: float = Field(0.4, gt=0, le=1, description="what --dry-run takes for MFU when it estimates hours")
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _is_a_window(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("must be first and last update, from 1")
+        return steps
 
 
 class RunOutputConfig(Section):
@@ -122,6 +133,8 @@ def describe_plan(config: PretrainConfig) -> str:
         precision=config.zero.precision,
         micro_batch=micro_batch,
         recompute=config.train.activation_checkpointing,
+        offload=config.zero.offload_optimizer,
+        ema=config.train.ema_decay is not None,
         num_clips=config.train.steps * config.train.global_batch,
         mfu=config.log.plan_mfu,
         peak_tflops=config.log.peak_tflops,
@@ -152,6 +165,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     storage.configure(config.storage)
     path = _check_folders(config)
     finished = run_folder.read_result(path)
+    if finished is not None and not finished.keys() >= {"steps", "checkpoint"}:
+        raise DataError(f"{path}/result.json: broken; delete it to run again")
     if finished is not None:
         say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
         if rank() == 0 and config.checkpoint.upload_url is not None:
@@ -172,8 +187,10 @@ def _check_folders(config: PretrainConfig) -> Path:
     run_folder.check_config(path, config, "pretrain", _MAY_CHANGE)
     if url is not None:
         key = "checkpoint.upload_url"
-        if storage.is_local(url) and os.path.realpath(storage.local_path(url)) == os.path.realpath(path):
-            raise ConfigError(f"pretrain.{key}={url}: the run's own folder; copies belong elsewhere")
+        if storage.is_local(url) and Path(os.path.realpath(storage.local_path(url))).is_relative_to(
+            os.path.realpath(path)
+        ):
+            raise ConfigError(f"pretrain.{key}={url}: in the run's own folder; copies belong elsewhere")
         run_folder.check_config_at(url, config, "pretrain", _MAY_CHANGE, key)
     return path
 
@@ -181,6 +198,8 @@ def _check_folders(config: PretrainConfig) -> Path:
 def _train(
     config: PretrainConfig, path: Path, data: "_Data", model: MegaAudioFormer, uploads: Uploads | None
 ) -> dict[str, Any]:
+    if config.train.deterministic:
+        make_deterministic()
     rank, ranks = init_distributed()
     micro_batch, checkpoints = _micro_batch(config, ranks), path / CHECKPOINTS
     on_first_rank(lambda: _prepare_folders(config, path))
@@ -213,6 +232,11 @@ def _train(
         f"{num_parameters / 1e6:.2f}M parameters, {len(data.train)} clips; {ranks} ranks x "
         f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
     )
+    if config.checkpoint.every % config.train.validate_every:
+        say(
+            f"checkpoint.every={config.checkpoint.every} is no multiple of train.validate_every="
+            f"{config.train.validate_every}: checkpoints between validations have no loss, and are never the best"
+        )
     signals = _signals(config, path, validator, ranks, start)
     started = time.monotonic()
     with closing(log):
@@ -287,7 +311,7 @@ def _build_model(config: PretrainConfig) -> MegaAudioFormer:
     except ValueError as failure:
         raise ConfigError(f"pretrain.{failure}") from None
     # a DeepSpeed JSON that does not fit is told before anything is written
-    deepspeed_settings(config.optim, config.zero, config.train.micro_batch, 1, count_parameters(model))
+    check_settings(deepspeed_settings(config.optim, config.zero, config.train.micro_batch, 1, count_parameters(model)))
     return model
 
 

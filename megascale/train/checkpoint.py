@@ -163,7 +163,7 @@ def _fetch_files(url: str, files: Mapping[str, str | None], folder: Path) -> Non
 
 def committed(checkpoints: Path) -> list[Path]:
     """Return the committed checkpoints of a run, oldest first; folders without a manifest don't exist."""
-    return sorted(p for p in checkpoints.glob("step-*") if (p / MANIFEST).is_file())
+    return sorted(p for p in checkpoints.glob("step-*") if manifests.is_step(p.name) and (p / MANIFEST).is_file())
 
 
 def best(checkpoints: Path) -> Path | None:
@@ -194,7 +194,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint (`step-…`), a run (its best one), or a bare `model/` folder, at any URL.
+    """Read a checkpoint (`step-…`), a run (its best one), or a bare `model/` or `model_ema/` folder, at any URL.
 
     What a manifest names is verified first: all of a local checkpoint; of one elsewhere its `model/` files, which alone
     are fetched.
@@ -218,7 +218,7 @@ def _verified_model(folder: Path) -> Path:
     if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         verify(folder)
         return folder / "model"
-    if folder.name == "model" and (folder.parent / MANIFEST).exists():
+    if folder.name in ("model", EMA) and (folder.parent / MANIFEST).exists():
         verify(folder.parent)
     return folder
 
@@ -226,18 +226,18 @@ def _verified_model(folder: Path) -> Path:
 def _fetched_model(url: str, folder: Path) -> Path:
     """Copy the model that a store's URL stands for into `folder`; return where it is there."""
     url = url.rstrip("/")
-    listed = manifests.list_checkpoints(storage.join(url, CHECKPOINTS))
+    part, listed = "model", manifests.list_checkpoints(storage.join(url, CHECKPOINTS))
     parent, _, last = url.rpartition("/")
     if listed:
         url = _best_of(url, listed)
-    elif last == "model" and storage.exists(storage.join(parent, MANIFEST)):
-        url = parent
+    elif last in ("model", EMA) and storage.exists(storage.join(parent, MANIFEST)):
+        url, part = parent, last
     files: dict[str, str | None] = {}
     if url.rpartition("/")[2].startswith("step-") or storage.exists(storage.join(url, MANIFEST)):
         named = manifests.read_manifest(url).files
-        files |= {name: digest for name, digest in named.items() if name.startswith("model/")}
+        files |= {name: digest for name, digest in named.items() if name.startswith(f"{part}/")}
         _fetch_files(url, files, folder)
-        return folder / "model"
+        return folder / part
     files = {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
     _fetch_files(url, files, folder)
     return folder

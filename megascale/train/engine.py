@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,9 +21,12 @@ if not torch.accelerator.is_available():
 import deepspeed
 from torch import Tensor, nn
 
-from megascale.errors import CheckpointError, MegascaleError
+from megascale.errors import CheckpointError, ConfigError, MegascaleError
 from megascale.train.schedule import OptimConfig, lr_factor
 from megascale.train.zero import ZeroConfig, deepspeed_settings
+
+# ranks wait for one that hashes, converts, fetches or uploads a checkpoint; ten minutes, the default, can be too short
+_PATIENCE_SECONDS = 3600
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -43,7 +47,8 @@ def init_distributed() -> tuple[int, int]:
         os.environ.update(single, MASTER_PORT=str(_free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=_PATIENCE_SECONDS))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -51,6 +56,26 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def make_deterministic() -> None:
+    """Let every operator give the same bits each time, on CUDA as well; call it before anything runs there.
+
+    One that cannot is told of in a warning.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # nothing here reads any, and it costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ConfigError if DeepSpeed does not take its config."""
+    try:
+        deepspeed.DeepSpeedConfig(dict(settings))
+    except (ValueError, TypeError, AssertionError, deepspeed.DeepSpeedConfigError) as failure:
+        reason = " ".join(str(failure).split())
+        raise ConfigError(f"DeepSpeed refuses its config: {reason}") from None
 
 
 def barrier() -> None:

@@ -15,7 +15,7 @@ from megascale.errors import Stopped, TrainingDiverged
 from megascale.log import MetricLog, Progress
 from megascale.stopping import StopSignal
 from megascale.train.engine import Batch, Engine, LossFn, NonFiniteError, any_rank
-from megascale.train.metrics import Sums
+from megascale.train.metrics import Sums, max_over_ranks
 from megascale.train.profiling import StepProfiler
 
 
@@ -74,15 +74,16 @@ def fit(
             except NonFiniteError as failure:
                 raise _diverged(hooks, step, micro_batches, failure) from None
             profiler.end(done)
-            if done % log_every == 0 or last:
+            saving = hooks.save is not None and (done % save_every == 0 or last)
+            if done % log_every == 0 or saving or last:  # a resumed run begins with empty sums
                 taken = sums.take()  # waits for the device
                 seconds = max(time.monotonic() - since, 1e-9)
                 metrics = hooks.summarise(taken, seconds)
                 metrics |= {
                     "train/seconds": seconds,
-                    "train/data_wait_share": sum(waits) / seconds,
-                    "train/data_wait_ms": 1000 * sum(waits) / len(waits),
-                    "train/data_wait_max_ms": 1000 * max(waits),
+                    "train/data_wait_share": max_over_ranks(sum(waits) / seconds),
+                    "train/data_wait_ms": max_over_ranks(1000 * sum(waits) / len(waits)),
+                    "train/data_wait_max_ms": max_over_ranks(1000 * max(waits)),
                 }
                 since, waits = since + seconds, []
                 log.write(done, metrics)
@@ -91,9 +92,10 @@ def fit(
             validated: dict[str, float] = {}
             if done % validate_every == 0 or last:
                 validated = hooks.validate(done)
-                log.write(done, validated)
+                if validated:
+                    log.write(done, validated)
             stopping = any_rank(stop.asked)
-            if hooks.save is not None and (done % save_every == 0 or last or stopping):
+            if hooks.save is not None and (saving or stopping):
                 hooks.save(done, validated)
             since += time.monotonic() - paused  # reports tell of training alone
             if stopping and not last:

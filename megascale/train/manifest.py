@@ -28,6 +28,11 @@ _SEALED = re.compile(rb'(.*),\n "seal": "([0-9a-f]{64})"\n}', re.DOTALL)
 _STEP_FILE = re.compile(rf"((?:{CHECKPOINTS}/)?step-(\d+))/(.+)", re.DOTALL)
 
 
+def is_step(name: str) -> bool:
+    """Return whether a folder has the name of a checkpoint."""
+    return re.fullmatch(r"step-\d+", name) is not None
+
+
 class CheckpointManifest(Section):
     """What a committed checkpoint holds."""
 

@@ -13,6 +13,8 @@ from megascale.train.engine import Engine, barrier, convert, on_first_rank
 from megascale.train.manifest import CheckpointManifest, prune
 from megascale.train.uploads import Uploads
 
+_CONVERTED = ".universal"
+
 
 class Saver:
     """Saves checkpoints: everything, a barrier, then the manifest, and only then is an old one pruned."""
@@ -89,6 +91,7 @@ def find_start(checkpoints: Path) -> Start | None:
     """
 
     def find() -> Start | None:
+        shutil.rmtree(checkpoints / _CONVERTED, ignore_errors=True)  # of a start that was killed while it converted
         found = checkpoint.committed(checkpoints)
         return Start(found[-1], checkpoint.verify(found[-1])) if found else None
 
@@ -106,12 +109,12 @@ def resume(engine: Engine, start: Start) -> None:
     """
     rank = torch.distributed.get_rank()
     if engine.universal:
-        converted = start.folder.parent / ".universal"
+        converted = start.folder.parent / _CONVERTED / start.folder.name
         on_first_rank(lambda: convert(start.folder, converted))
         engine.load(converted)
         barrier()
         if rank == 0:
-            shutil.rmtree(converted)
+            shutil.rmtree(converted.parent)
     else:
         engine.load(start.folder)
     checkpoint.load_rank_state(start.folder, rank % start.manifest.world_size)

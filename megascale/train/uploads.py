@@ -12,9 +12,10 @@ from pathlib import Path
 from megascale import storage
 from megascale.errors import MegascaleError, Stopped, StorageError
 from megascale.log import duration, say
-from megascale.stopping import stop_asked
+from megascale.stopping import StopSignal, stop_asked
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
+from megascale.train.engine import barrier
 from megascale.train.manifest import CHECKPOINTS, MANIFEST, list_checkpoints, losses_of, prune, read_manifest, retained
 
 _GRACE_SECONDS = 60.0  # a preempted machine has little more, and the next start uploads what is missing
@@ -152,21 +153,28 @@ class Uploads:
 def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterator[Uploads | None]:
     """Give the block its `Uploads`; only rank 0 has any, and only where the config names a URL.
 
-    At the block's end the last upload is waited for; where SIGTERM ended it, for a minute at most.
+    At the block's end the last upload is waited for; where SIGTERM ended it, for a minute at most, and by every rank: a
+    launcher that sees one end with 75 stops the others.
 
     Raises:
         StorageError: the last upload failed.
     """
-    if rank != 0 or config.upload_url is None:
+    if config.upload_url is None:
         yield None
         return
-    uploads = Uploads(checkpoints, config.upload_url, config.keep_last, config.keep_every)
+    uploads = None
+    if rank == 0:
+        uploads = Uploads(checkpoints, config.upload_url, config.keep_last, config.keep_every)
     try:
         yield uploads
     except Stopped:
-        uploads.join_at_stop()
+        with StopSignal():  # launchers send SIGTERM more than once
+            if uploads is not None:
+                uploads.join_at_stop()
+            barrier()
         raise
-    uploads.finish()
+    if uploads is not None:
+        uploads.finish()
 
 
 def upload_missing(checkpoints: Path, config: CheckpointConfig) -> None:

@@ -47,9 +47,14 @@ _OWNED = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "bf16.enabled": "zero.precision",
+    "bf16.check_grad_overflow": "the stop at what is not finite",
     "fp16": "zero.precision",
+    "amp": "zero.precision",
+    "torch_autocast": "zero.precision",
+    "data_types": "zero.precision",
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload_optimizer",
+    "zero_optimization.cpu_offload": "zero.offload_optimizer",
     "checkpoint": "the number of ranks",
 }
 
@@ -108,8 +113,10 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str, prefix: st
         name = prefix + key
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict) and name not in _OWNED:
             merged[key] = _merged(ours.get(key, {}), value, where, f"{name}.")
-        elif name in _OWNED and value != ours.get(key):
-            raise ConfigError(f"{where}: {name} is set by this config's {_OWNED[name]}; leave it out")
+        elif (name in _OWNED or isinstance(ours.get(key), dict)) and value != ours.get(key):
+            if name not in _OWNED:
+                raise ConfigError(f"{where}: {name} is a mapping, this is a {type(value).__name__}")
+            raise ConfigError(f"{where}: {name} belongs to {_OWNED[name]} here; leave it out")
         else:
             merged[key] = value
     return merged

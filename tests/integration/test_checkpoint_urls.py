@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import FACTS, WEIGHTS, save, steps
-from conftest import command, run
+from conftest import ROOT, command, run
 from fault_proxy import FaultProxy
 from s3_servers import Server, keys_in_environment, moto, rclone
 from support import write_paced_tokens
@@ -246,5 +246,27 @@ def test_sigterm_saves_and_uploads_what_was_saved(tokens, tmp_path, start):
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, driver)
     driver.terminate()
     assert driver.wait(timeout=60) == 75
+    assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
+    assert on_disk(there / "checkpoints") == on_disk(tmp_path / "run" / "checkpoints")
+
+
+def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start):
+    """A launcher that sees one rank end stops the others, also the one that uploads."""
+    program, there = tmp_path / "far.py", tmp_path / "elsewhere"
+    program.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from megascale import cli, storage\n"
+        "true = storage.upload\n"
+        "storage.upload = lambda path, url: (time.sleep(1), true(path, url))\n"
+        "sys.exit(cli.pretrain())\n"
+    )
+    endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]
+    line = pretrain(tokens, tmp_path / "run", f"checkpoint.upload_url={there}", *endless)[2:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
+    driver = start([*torchrun, *line])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, driver)
+    driver.terminate()
+    driver.wait(timeout=120)
     assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
     assert on_disk(there / "checkpoints") == on_disk(tmp_path / "run" / "checkpoints")

@@ -192,7 +192,7 @@ def test_bad_input_ends_with_2_names_the_culprit_and_writes_nothing(tokens, tmp_
         ((tokens, "data.bitrate_kbps=24"), "data.bitrate_kbps=24"),
         ((tokens, "data.bitrate_kbps=1"), "multiple of 0.75"),
         ((tmp_path / "nowhere",), "nowhere: no manifest.json"),
-        ((tokens, f"zero.deepspeed_json={contradicts}"), "gradient_clipping is set by this config's optim.clip_norm"),
+        ((tokens, f"zero.deepspeed_json={contradicts}"), "gradient_clipping belongs to optim.clip_norm here"),
     ]
     for (folder, *overrides), message in cases:
         printed = run(command("pretrain.py", *arguments(folder, tmp_path / "run", *overrides)), exit_code=2)

@@ -195,7 +195,7 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
         (
             "pretrain",
             "checkpoint.upload_url=out",
-            "ConfigError: pretrain.checkpoint.upload_url=out: the run's own folder",
+            "ConfigError: pretrain.checkpoint.upload_url=out: in the run's own folder",
         ),
         ("pretrain", "checkpoint.keep_every=0", "ConfigError: pretrain.checkpoint.keep_every=0: "),
         ("finetune", "task.label=mood", "DataError: 0000.wav: has no label 'mood'"),

@@ -144,5 +144,9 @@ def test_unigram_counts_are_counts(stored):
 
 def test_unigram_counts_of_a_large_corpus_come_from_clips_spread_over_it(stored):
     folder = TokenFolder(str(stored[0]), 1.5)
-    counts_QV = unigram_counts(folder, np.arange(40), limit=10)
+    counts_QV = unigram_counts(folder, np.arange(40), num_clips=10)
     assert np.array_equal(counts_QV, unigram_counts(folder, np.arange(0, 40, 4)))
+    first_and_last_shard = [*range(8), *range(32, 40)]
+    assert np.array_equal(
+        unigram_counts(folder, np.arange(40), num_shards=2), unigram_counts(folder, np.array(first_and_last_shard))
+    )

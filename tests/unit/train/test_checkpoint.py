@@ -320,3 +320,24 @@ def test_run_without_a_checkpoint_and_missing_paths_are_named(tmp_path):
 def test_model_config_is_plain_json(tmp_path):
     checkpoint.write_model(tmp_path, WEIGHTS, FACTS)
     assert json.loads((tmp_path / "config.json").read_text()) == FACTS
+
+
+def test_averages_are_read_verified(tmp_path):
+    folder = checkpoint.step_folder(tmp_path, 1)
+    checkpoint.begin(folder)
+    for part, factor in (("model", 1), (checkpoint.EMA, 3)):
+        checkpoint.write_model(folder / part, {name: factor * value for name, value in WEIGHTS.items()}, FACTS)
+    checkpoint.commit(folder, 1, 16, 2, None)
+    averages, _ = checkpoint.read_model(str(folder / checkpoint.EMA))
+    assert all(torch.equal(averages[name], 3 * WEIGHTS[name]) for name in WEIGHTS)
+    path = folder / checkpoint.EMA / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{path}: its sha256 is not the one"):
+        checkpoint.read_model(str(folder / checkpoint.EMA))
+
+
+def test_folder_of_another_name_is_no_checkpoint_of_the_run(tmp_path):
+    shutil.copytree(save(tmp_path, 3), tmp_path / "step-backup")
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000003"]

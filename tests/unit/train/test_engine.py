@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megascale.train.engine import Engine, NonFiniteError, init_distributed
+from megascale.errors import ConfigError
+from megascale.train.engine import Engine, NonFiniteError, check_settings, init_distributed
 from megascale.train.schedule import OptimConfig
 from megascale.train.zero import ZeroConfig
 
@@ -127,6 +128,14 @@ def test_gradient_norm_is_that_of_the_mean_gradient_before_clipping(stage):
     found = engine(stage, ema=False).train_step(0, batches(0), loss_fn)
     # summed in another order
     torch.testing.assert_close(found["grad_norm"], norm, rtol=1e-6, atol=0)
+
+
+def test_settings_that_deepspeed_does_not_take_are_told_in_one_line():
+    good = engine(2).settings
+    check_settings(good)
+    bad = good | {"zero_optimization": good["zero_optimization"] | {"nonsense_key": 1}}
+    with pytest.raises(ConfigError, match=r"^DeepSpeed refuses its config: .*nonsense_key.*$"):
+        check_settings(bad)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -113,4 +113,6 @@ def test_ranks_share_what_their_stage_shards():
     assert [s.optimizer for s in shared] == [1500] * 3
     assert [s.gradients for s in shared] == [2000, 250, 250]
     assert [s.weights for s in shared] == [2000, 2000, 2250]
+    away, averaged = state_bytes(1000, 2, "bf16", 8, offload=True), state_bytes(1000, 2, "bf16", 8, ema=True)
+    assert (away.optimizer, averaged.optimizer) == (0, 2000)
     assert state_bytes(10**10, 3, "bf16", 8).weights == 2 * (10**10 / 8 + 10**9)
