@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from checkpoints import FACTS, WEIGHTS, save, steps
-from conftest import ROOT, command, run
+from conftest import ROOT, command, deepspeed, run
 from fault_proxy import FaultProxy
 from s3_servers import Server, keys_in_environment, moto, rclone
 from support import write_paced_tokens
@@ -250,23 +251,26 @@ def test_sigterm_saves_and_uploads_what_was_saved(tokens, tmp_path, start):
     assert on_disk(there / "checkpoints") == on_disk(tmp_path / "run" / "checkpoints")
 
 
-def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start):
-    """A launcher that sees one rank end stops the others, also the one that uploads."""
+@pytest.mark.parametrize("seconds", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start, seconds):
+    """A launcher that sees one rank end sends SIGTERM to the others, also to the one that uploads (8 files and the
+    manifest), and 30 seconds later kills it."""
     program, there = tmp_path / "far.py", tmp_path / "elsewhere"
     program.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from megascale import cli, storage\n"
         "true = storage.upload\n"
-        "storage.upload = lambda path, url: (time.sleep(1), true(path, url))\n"
+        f"storage.upload = lambda path, url: (time.sleep({seconds}), true(path, url))\n"
         "sys.exit(cli.pretrain())\n"
     )
     endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]
     line = pretrain(tokens, tmp_path / "run", f"checkpoint.upload_url={there}", *endless)[2:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
-    driver = start([*torchrun, *line])
+    driver = start(deepspeed(2, str(program), *line))
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, driver)
+    ranks = psutil.Process(driver.pid).children(recursive=True)
     driver.terminate()
-    driver.wait(timeout=120)
+    _, alive = psutil.wait_procs(ranks, timeout=120)
+    assert not alive
     assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
     assert on_disk(there / "checkpoints") == on_disk(tmp_path / "run" / "checkpoints")
