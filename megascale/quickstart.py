@@ -131,7 +131,8 @@ def run(config: QuickstartConfig) -> None:
     page = quickstart_report.write_page(root, tokens, summary, table, runs)
     storage.publish_bytes(str(root / SUMMARY), json.dumps(summary, indent=1).encode())
     if rows:
-        Console().print(quickstart_report.terminal_table(summary))
+        width = None if sys.stdout.isatty() else 120  # a log has none, and rich would wrap at 80
+        Console(width=width).print(quickstart_report.terminal_table(summary))
     print(summary["verdict"])
     print(f"done in {duration(summary['wall_seconds'])}: {page} and {root / SUMMARY}")
     print(f"next: make quickstart DATA=/path/to/wavs, or python launch/pretrain.py {config.recipes.pretrain} --help")
