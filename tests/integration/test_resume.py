@@ -176,8 +176,7 @@ def served(record: Path) -> dict[int, list[list[str]]]:
     ("stage", "worlds"),
     [
         (1, (2, 1, 2)),
-        (3, (2, 1, 4)),
-        *[pytest.param(stage, (2, 1, 4), marks=slow) for stage in (0, 1, 2)],
+        *[pytest.param(stage, (2, 1, 4), marks=slow) for stage in (0, 1, 2, 3)],
         *[pytest.param(stage, (2, 1, 2), marks=slow) for stage in (0, 2, 3)],
     ],
 )
