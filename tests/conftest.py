@@ -22,6 +22,21 @@ def fitted_codec() -> Codec:
     return calibrate(clips, num_codebooks=16, seed=0)
 
 
+@pytest.fixture(scope="module")
+def process_group():
+    """One gloo process on one thread; what the launcher would have set is taken back, so that other tests' jobs don't
+    inherit it."""
+    from megascale.train.engine import init_distributed
+
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    init_distributed()
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def one_thread():
     """With more, `encodec` itself rounds otherwise where the threads' shares of a layer meet."""

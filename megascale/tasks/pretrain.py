@@ -5,6 +5,7 @@ import os
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from megascale.train.zero import ZeroConfig, deepspeed_settings
 _MAY_CHANGE = (
     *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
     *("data.cache", "data.cache_gb"),
-    *("data.url", "output.url"),  # they may have been moved; `_go_on` looks whether the tokens are the same
+    *("data.url", "output.url"),  # they may have been moved; `_check_corpus` looks whether the tokens are the same
 )
 
 
@@ -202,8 +203,12 @@ def _train(
         make_deterministic()
     rank, ranks = init_distributed()
     micro_batch, checkpoints = _micro_batch(config, ranks), path / CHECKPOINTS
-    on_first_rank(lambda: _prepare_folders(config, path))
+    if config.checkpoint.upload_url is not None:
+        on_first_rank(partial(fetch_newest, config.checkpoint.upload_url, checkpoints))
     found = find_start(checkpoints)
+    if found is not None:
+        _check_corpus(found, data.folder)
+    on_first_rank(lambda: _write_config(config, path))
     num_parameters = count_parameters(model)  # before ZeRO-3 takes them apart
     prepare_training(model, config.train.activation_checkpointing, config.train.compile)
     engine = Engine(
@@ -218,7 +223,7 @@ def _train(
     )
     if rank == 0:
         storage.publish_bytes(str(path / "deepspeed.json"), json.dumps(engine.settings, indent=1).encode())
-    start = _go_on(engine, found, data.folder, config) if found is not None else 0
+    start = _go_on(engine, found, config) if found is not None else 0
     log = MetricLog(path / "metrics.jsonl", start, config.log.tensorboard, config.log.wandb_project, path.name)
     batches = PretrainBatches(
         data.folder, config.data, config.mask, config.drop, data.order, data.train, micro_batch, rank, ranks
@@ -267,17 +272,19 @@ def _train(
     return result
 
 
-def _prepare_folders(config: PretrainConfig, path: Path) -> None:
+def _write_config(config: PretrainConfig, path: Path) -> None:
     run_folder.write_config(path, config)
     if config.checkpoint.upload_url is not None:
         run_folder.write_config_at(config.checkpoint.upload_url, config)
-        fetch_newest(config.checkpoint.upload_url, path / CHECKPOINTS)
 
 
-def _go_on(engine: Engine, found: Start, folder: TokenFolder, config: PretrainConfig) -> int:
-    """Load a checkpoint; return the updates it has behind it."""
+def _check_corpus(found: Start, folder: TokenFolder) -> None:
     if checkpoint.read_facts(found.folder / "model")["corpus"] != folder.manifest.fingerprint:
         raise DataError(f"{folder.url}: not the tokens that {found.folder} was trained on; choose another output.url")
+
+
+def _go_on(engine: Engine, found: Start, config: PretrainConfig) -> int:
+    """Load a checkpoint; return the updates it has behind it."""
     resume(engine, found)
     start = found.manifest.consumed_samples // config.train.global_batch
     by = f", saved by {found.manifest.world_size} ranks" if found.universal else ""

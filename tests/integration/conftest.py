@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import write_paced_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -55,3 +56,21 @@ def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """40 clips that can be learned."""
+    folder = tmp_path_factory.mktemp("paced")
+    write_paced_tokens(folder, 40)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["moto", "rclone"])
+def server(request, tmp_path_factory):
+    """An S3 server with an empty bucket, of each kind in turn."""
+    from s3_servers import keys_in_environment, moto, rclone  # which itself needs this file
+
+    opened = moto() if request.param == "moto" else rclone(tmp_path_factory.mktemp("rclone"))
+    with keys_in_environment(), opened as started:
+        yield started

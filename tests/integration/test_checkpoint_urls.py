@@ -12,7 +12,7 @@ import pytest
 from checkpoints import FACTS, WEIGHTS, save, steps
 from conftest import ROOT, command, deepspeed, run
 from fault_proxy import FaultProxy
-from s3_servers import Server, keys_in_environment, moto, rclone
+from s3_servers import Server, keys_in_environment, moto
 from support import write_paced_tokens
 from test_pretrain import SMOKE, assert_equal_weights, weights
 from test_tokenize import wait_for
@@ -23,13 +23,6 @@ from megascale.log import read_metrics
 from megascale.train import checkpoint
 from megascale.train.manifest import list_checkpoints
 from megascale.train.uploads import Uploads, fetch_newest, sync
-
-
-@pytest.fixture(scope="module", params=["moto", "rclone"])
-def server(request, tmp_path_factory) -> Iterator[Server]:
-    opened = moto() if request.param == "moto" else rclone(tmp_path_factory.mktemp("rclone"))
-    with keys_in_environment(), opened as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import command, run
-from support import write_paced_tokens, write_token_folder
+from support import write_token_folder
 from test_tokenize import wait_for
 
 from megascale.log import read_metrics
@@ -19,13 +19,6 @@ SMOKE = "configs/finetune/smoke.yaml"
 def finetune(tokens: Path, checkpoint: Path, output: Path, *overrides: str) -> list[str]:
     shared = [f"data.url={tokens}", f"checkpoint={checkpoint}", f"output.url={output}"]
     return command("finetune.py", SMOKE, *shared, *overrides)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("paced")
-    write_paced_tokens(folder, 40)
-    return folder
 
 
 @pytest.fixture(scope="module")

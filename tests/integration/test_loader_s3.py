@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import command, run
 from fault_proxy import FaultProxy
-from s3_servers import Server, keys_in_environment, moto, rclone
 from stores import wait_until
 from support import write_paced_tokens, write_token_folder
 
@@ -21,13 +20,6 @@ from megascale.errors import DataError
 
 NUM_SHARDS, STEPS_PER_EPOCH = 12, 12
 URL = "s3://bucket/tokens"
-
-
-@pytest.fixture(scope="module", params=["moto", "rclone"])
-def server(request, tmp_path_factory) -> Iterator[Server]:
-    opened = moto() if request.param == "moto" else rclone(tmp_path_factory.mktemp("rclone"))
-    with keys_in_environment(), opened as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -42,13 +42,6 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("paced")
-    write_paced_tokens(folder, 40)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
     """An undisturbed run on two ranks, whose checkpoints are copied to `elsewhere` beside it."""
     output = tmp_path_factory.mktemp("straight") / "run"
@@ -285,7 +278,9 @@ def test_moved_run_and_moved_tokens_go_on_and_other_tokens_are_refused(tokens, s
     shutil.rmtree(moved / "checkpoints" / "step-00000006")
     others = tmp_path / "others"
     write_token_folder(others, 40, num_codebooks=16)
+    before = (moved / "config.yaml").read_bytes()
     printed = run(command("pretrain.py", *arguments(others, moved)), exit_code=2)
+    assert (moved / "config.yaml").read_bytes() == before
     assert f"DataError: {others}: not the tokens that {moved}/checkpoints/step-00000003 was trained on" in printed
     elsewhere = shutil.copytree(tokens, tmp_path / "tokens")
     run(deepspeed(2, "pretrain.py", *arguments(elsewhere, moved)))

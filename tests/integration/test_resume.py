@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ENVIRONMENT, ROOT, command, deepspeed, run
-from support import write_paced_tokens
 from test_tokenize import wait_for
 
 from megascale.log import read_metrics
@@ -70,13 +69,6 @@ def crashed_copy(straight: Path, folder: Path, last: int) -> Path:
     (folder / "result.json").unlink()
     for step in range(last + 1, STEPS + 1):
         shutil.rmtree(checkpoint.step_folder(folder / "checkpoints", step))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("paced")
-    write_paced_tokens(folder, 40)
     return folder
 
 

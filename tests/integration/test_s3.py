@@ -1,23 +1,15 @@
 """The same job on S3, against two servers over HTTP: moto's, and rclone's, which ignores create-only."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import run
-from s3_servers import KEYS, Server, keys_in_environment, moto, rclone
+from s3_servers import KEYS
 from support import write_tones
 from test_tokenize import hashes, tokenize
 
 from megascale.storage import publish_bytes, read_start
-
-
-@pytest.fixture(scope="module", params=["moto", "rclone"])
-def server(request, tmp_path_factory) -> Iterator[Server]:
-    opened = moto() if request.param == "moto" else rclone(tmp_path_factory.mktemp("rclone"))
-    with keys_in_environment(), opened as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megascale.errors import Stopped, TrainingDiverged
 from megascale.log import MetricLog, read_metrics
-from megascale.train.engine import Batch, Engine, LossFn, init_distributed
+from megascale.train.engine import Batch, Engine, LossFn
 from megascale.train.loop import Hooks, fit
 from megascale.train.profiling import StepProfiler
 from megascale.train.schedule import OptimConfig, lr_factor
@@ -23,16 +23,7 @@ STEPS = 7
 OPTIM = OptimConfig(lr=0.1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """One gloo process; what the launcher would have set is taken back, so that other tests' jobs don't inherit it."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    torch.set_num_threads(1)
-    init_distributed()
-    yield
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Line(nn.Module):

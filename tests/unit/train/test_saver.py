@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import FACTS, steps
-from test_loop import OPTIM, Line, process_group  # noqa: F401  (the fixture is used by all)
+from test_loop import OPTIM, Line
 from test_uploads import blocked, here, slow, there, url  # noqa: F401
 
 from megascale.stopping import StopSignal
@@ -14,6 +14,8 @@ from megascale.train.engine import Engine
 from megascale.train.saver import Saver
 from megascale.train.uploads import Uploads
 from megascale.train.zero import ZeroConfig
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture
