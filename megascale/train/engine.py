@@ -310,10 +310,6 @@ class Engine:
         # under ZeRO-3 all groups share one step counter, which each of them would count up
         for state in optimizer.optimizer.state.values():
             state["step"] = state["step"].clone()
-        if self.stage == 3 and (persistent := optimizer.persistent_parameters):
-            # small weights, which every rank keeps whole, are still those of before
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
 
 
 def convert(folder: Path, target: Path) -> None:
