@@ -10,6 +10,8 @@ OUT ?= runs/quickstart
 ARGS ?=
 
 PY := $(VENV)/bin/python
+# one process a core, up to four: more would meet the time limits of tests that start two ranks or a cluster themselves
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install quickstart test test-all chaos bench-tokenize lint check format clean
@@ -29,8 +31,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED) ## audio to a table of classifiers on a small corpus; DATA=folder takes your own audio
 	$(PY) launch/quickstart.py configs/quickstart/small.yaml 'output.url="$(OUT)"' $(if $(DATA),'data="$(DATA)"') $(ARGS)
 
-test: $(INSTALLED) ## every test but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: $(INSTALLED) ## every test but the slow ones (20 minutes or so on two cores)
+	$(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED) ## every test
 	$(PY) -m pytest $(ARGS)

@@ -13,7 +13,6 @@ from checkpoints import FACTS, WEIGHTS, save, steps
 from conftest import ROOT, command, deepspeed, run
 from fault_proxy import FaultProxy
 from s3_servers import Server, keys_in_environment, moto
-from support import write_paced_tokens
 from test_pretrain import SMOKE, assert_equal_weights, weights
 from test_tokenize import wait_for
 
@@ -172,13 +171,6 @@ def test_endpoint_that_is_dead_is_told_and_what_it_missed_is_brought_when_it_is_
 
 
 # --------------------------------------------------------------------------------------------------------- whole jobs
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("paced")
-    write_paced_tokens(folder, 40)
-    return folder
 
 
 def pretrain(tokens: Path, output: Path, *overrides: str) -> list[str]:

@@ -229,6 +229,7 @@ def test_save_waits_for_the_upload_before_it(here, there, slow):
     assert steps(checkpoint.committed(there)) == [1]
 
 
+@pytest.mark.usefixtures("process_group")
 def test_job_asked_to_stop_saves_at_once_and_waits_no_longer_than_a_preempted_machine_has(
     here, there, slow, monkeypatch, capsys
 ):
