@@ -13,7 +13,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ CODEBOOK_SIZE = 1024
 KBPS_PER_CODEBOOK = 0.75
 PUBLISHED_NAME = "encodec_24khz"
 LONGEST_HEADER = 1024  # bytes; EnCodec writes fewer than 100, and a hostile stream may announce 4 GB
+
+Count = TypeVar("Count", int, np.ndarray)
 
 _HEADER = struct.Struct("!4sBI")
 _BITS = 10
@@ -87,8 +89,8 @@ def write_ecdc(codes_QT: np.ndarray, audio_samples: int, name: str) -> bytes:
     return _HEADER.pack(b"ECDC", 0, len(meta)) + meta + payload.tobytes()
 
 
-def payload_bytes(num_codes: int) -> int:
-    """Return how many bytes so many codes take."""
+def payload_bytes(num_codes: Count) -> Count:
+    """Return how many bytes so many codes take; of an array, for each."""
     return (num_codes * _BITS + 7) // 8
 
 
