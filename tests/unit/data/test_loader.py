@@ -44,10 +44,11 @@ def batches_of(
     global_batch: int = 8,
     config: DataConfig = CONFIG,
     mask: MaskConfig = MaskConfig(),  # noqa: B008
+    resident: ResidentTokens | None = None,
 ) -> PretrainBatches:
     train, _, sizes = split_held_out(folder, 0.0)
     order = Order(sizes, seed, streams, global_batch)
-    return PretrainBatches(folder, config, mask, drop, order, train, micro_batch, rank, world_size)
+    return PretrainBatches(folder, config, mask, drop, order, train, micro_batch, rank, world_size, resident)
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -69,12 +70,15 @@ def cut_from(codes_TQ: torch.Tensor, positions_T: torch.Tensor, stored_NQT: np.n
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_any_ranks_and_micro_batches_give_the_same_global_batch(folder, world_size, micro_batch):
+@pytest.mark.parametrize("held", [False, True])
+def test_any_ranks_and_micro_batches_and_memory_give_the_same_global_batch(folder, world_size, micro_batch, held):
+    resident = ResidentTokens(folder, np.arange(CLIPS), torch.device("cpu")) if held else None
     for step in range(12):  # two epochs and a half, some steps with a drop and some without
         whole = joined(batches_of(folder).micro_batches(step))
         cut: list[Batch] = []
         for rank in range(world_size):
-            mine = batches_of(TokenFolder(folder.url, 1.5), rank, world_size, micro_batch).micro_batches(step)
+            source = batches_of(TokenFolder(folder.url, 1.5), rank, world_size, micro_batch, resident=resident)
+            mine = source.micro_batches(step)
             assert [len(batch["codes_BTQ"]) for batch in mine] == [micro_batch] * (8 // world_size // micro_batch)
             cut += mine
         assert equal(whole, joined(cut))
