@@ -62,7 +62,8 @@ class LocalShards:
         """Do nothing: the shards are here."""
 
     def close(self) -> None:
-        """Do nothing: mappings are closed when nothing refers to them."""
+        """Close the mappings; a shard that is read again is mapped again."""
+        self._map.cache_clear()
 
     def _map_shard(self, number: int) -> memoryview:
         self._check_size(number)
