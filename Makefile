@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-load lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,10 @@ chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints
 
 bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (10 minutes)
 	$(PY) launch/bench.py tokenize $(ARGS)
+
+bench-load: $(INSTALLED) ## clips loaded per core-second beside plain webdataset, streaming and from memory (5 minutes)
+	$(PY) -m pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
+	$(PY) launch/bench.py load $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .

@@ -22,6 +22,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Return this process's rank on its machine; 0 when there is no launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return the number of ranks that the launcher (torchrun, DeepSpeed) started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def say(message: str) -> None:
     """Print one line for the user, from rank 0 only."""
     if rank() == 0:

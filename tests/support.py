@@ -1,7 +1,7 @@
 """Small real inputs for tests: audio files, and token folders written by the package's own writers."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def write_token_folder(
     folder: Path,
     num_clips: int,
     num_codebooks: int = 2,
-    frames: int = 75,
+    frames: int | Sequence[int] = 75,
     clips_per_shard: int = 8,
     fingerprint: str = FINGERPRINT,
     codes: np.ndarray | None = None,
@@ -54,9 +54,11 @@ def write_token_folder(
 ) -> list[np.ndarray]:
     """Write a committed token folder of two classes and three splits; return each clip's codes_QT in order.
 
-    Codes are random, or `codes` (num_clips, Q, T). Clip i is labelled `class` = low or high by i % 2.
+    Codes are random, or `codes` (num_clips, Q, T); `frames` may be each clip's own.
+    Clip i is labelled `class` = low or high by i % 2.
     """
     rng = np.random.default_rng(7)
+    lengths = [frames] * num_clips if isinstance(frames, int) else list(frames)
     clips = [
         Clip(
             key=f"clip-{i:04d}",
@@ -64,33 +66,38 @@ def write_token_folder(
             source=f"{i:04d}.wav",
             recording=f"recording-{i // clips_per_recording:04d}",
             start_seconds=0.0,
-            duration_seconds=frames / FRAMES_PER_SECOND,
+            duration_seconds=lengths[i] / FRAMES_PER_SECOND,
             labels={"class": ("low", "high")[i % 2]},
             split=("train", "train", "train", "train", "valid", "valid", "test", "test")[i % 8],
         )
         for i in range(num_clips)
     ]
-    made = codes if codes is not None else rng.integers(0, 1024, (num_clips, num_codebooks, frames))
+    if codes is None:
+        made = [rng.integers(0, 1024, (num_codebooks, length)) for length in lengths]
+    else:
+        made, num_codebooks = list(codes), codes.shape[1]
     name = model_name(fingerprint, published=False)
     shards = []
     for plan in plan_shards(clips, clips_per_shard):
         first = plan.number * clips_per_shard
-        encoded = [EncodedClip(c, made[first + i], frames * SAMPLES_PER_FRAME) for i, c in enumerate(plan.clips)]
+        encoded = [
+            EncodedClip(c, made[first + i], lengths[first + i] * SAMPLES_PER_FRAME) for i, c in enumerate(plan.clips)
+        ]
         data, index = build_shard(plan, encoded, [], name, fingerprint)
         publish_shard(str(folder), data, index)
         shards.append(ShardFacts(name=index.shard, clips=len(index.clips), sha256=index.sha256, size=index.size))
     manifest = Manifest(
-        codec=CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=made.shape[1]),
+        codec=CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=num_codebooks),
         source={"kind": "files", "url": "/nowhere"},
         cut={"seconds": None},
         environment={},
         shards=shards,
         num_clips=num_clips,
         num_quarantined=0,
-        seconds=num_clips * frames / FRAMES_PER_SECOND,
+        seconds=sum(lengths) / FRAMES_PER_SECOND,
     )
     storage.publish_bytes(str(folder / MANIFEST), manifest.model_dump_json().encode())
-    return list(made)
+    return made
 
 
 def write_paced_tokens(folder: Path, num_clips: int, num_codebooks: int = 16, fingerprint: str = FINGERPRINT) -> None:

@@ -16,13 +16,17 @@ from megascale.log import Progress
 FOLDER = Path("runs/bench")
 
 
-def in_turn(title: str, things: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    title: str, things: Mapping[str, Callable[[], float]], rounds: int, before: Mapping[str, Callable[[], None]] = {}
+) -> dict[str, list[float]]:
     """Run each thing once a round, after one round that is not counted, so that a machine whose speed wanders is the
-    same for all. Each returns how much it did; the result is how much of it a second, round by round."""
+    same for all. Each returns how much it did; the result is how much of it a second, round by round. `before` is done
+    before the thing of its name, and not timed."""
     rates: dict[str, list[float]] = {name: [] for name in things}
     progress = Progress(title, (rounds + 1) * len(things), unit="runs")
     for number in range(rounds + 1):
         for place, (name, thing) in enumerate(things.items(), start=1):
+            before.get(name, lambda: None)()
             started = time.perf_counter()
             amount = thing()
             if number:

@@ -45,20 +45,30 @@ class LocalShards:
         self._checked: set[int] = set()
         self._map = lru_cache(maxsize=_MAX_MAPPED)(self._map_shard)
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard. Raises DataError if it is not what was committed."""
-        return self._map(number)[offset : offset + size]
+    def read_many(
+        self, numbers: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Sequence[bytes | memoryview]:
+        """Return stretches of shards, in place where that can be. Raises DataError if one is not what was committed."""
+        needed = set(numbers)
+        if len(needed) <= _MAX_MAPPED:
+            maps = {number: self._map(number) for number in needed}
+            return [maps[n][at : at + size] for n, at, size in zip(numbers, offsets, sizes, strict=True)]
+        pieces = [b""] * len(numbers)
+        for i in sorted(range(len(numbers)), key=lambda i: numbers[i]):  # copied, as a view keeps its shard's file open
+            pieces[i] = bytes(self._map(numbers[i])[offsets[i] : offsets[i] + sizes[i]])
+        return pieces
 
     def want(self, numbers: Iterable[int], purpose: Purpose = "steps") -> None:
         """Do nothing: the shards are here."""
 
     def close(self) -> None:
-        """Do nothing: mappings are closed when nothing refers to them."""
+        """Close the mappings; a shard that is read again is mapped again."""
+        self._map.cache_clear()
 
-    def _map_shard(self, number: int) -> mmap.mmap:
+    def _map_shard(self, number: int) -> memoryview:
         self._check_size(number)
         path = self._paths[number]
-        data = _map(path)
+        data = memoryview(_map(path))
         if number not in self._checked:
             if hashlib.sha256(data).hexdigest() != self._shards[number].sha256:
                 raise DataError(f"{path}: its sha256 is not the one in the manifest; the shard was changed or damaged")
@@ -102,29 +112,23 @@ class ShardCache:
         self._started = self._closed = False
         self._changed = threading.Condition()  # guards all of the above; downloads and hashing go on without it
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard, which is fetched first if it is not here.
+    def read_many(self, numbers: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+        """Return stretches of shards; one that is not here is fetched first. No more than one has to be here at a time.
 
         Raises:
             DataError: the store's shard is not what was committed.
             StorageError: it cannot be fetched.
         """
-        with self._changed:
-            self._start()
-            self._failed.pop(number, None)  # of a fetch ahead, some time ago: the store may be well again
-            while True:
-                self._check_open()
-                data = self._map(number)
-                if data is not None:
-                    return data[offset : offset + size]  # copied, so that the mapping can be closed
-                if number in self._failed:
-                    raise self._failed.pop(number)
-                if number in self._fetching:
-                    self._changed.wait()
-                elif self._make_room(number, needed=True):
-                    self._fetch(number)
-                else:
-                    self._changed.wait()
+        places: dict[int, list[int]] = {}
+        for i, number in enumerate(numbers):
+            places.setdefault(number, []).append(i)
+        pieces = [b""] * len(numbers)
+        for number, here in places.items():
+            with self._changed:
+                data = self._await(number)
+                for i in here:  # copied, so that the mapping can be closed
+                    pieces[i] = data[offsets[i] : offsets[i] + sizes[i]]
+        return pieces
 
     def want(self, numbers: Iterable[int], purpose: Purpose = "steps") -> None:
         """Say which shards are needed next, in order of need; replaces what was said before for this purpose.
@@ -170,6 +174,23 @@ class ShardCache:
             raise StorageError(f"{self._url}: its cache was closed")
 
     # What follows is called with the lock held.
+
+    def _await(self, number: int) -> mmap.mmap:
+        self._start()
+        self._failed.pop(number, None)  # of a fetch ahead, some time ago: the store may be well again
+        while True:
+            self._check_open()
+            data = self._map(number)
+            if data is not None:
+                return data
+            if number in self._failed:
+                raise self._failed.pop(number)
+            if number in self._fetching:
+                self._changed.wait()
+            elif self._make_room(number, needed=True):
+                self._fetch(number)
+            else:
+                self._changed.wait()
 
     def _start(self) -> None:
         if self._started:

@@ -1,4 +1,4 @@
-"""Token folders to batches: reads clips by offset, crops, drops a chunk, masks.
+"""Token folders to batches: reads clips by offset, crops, drops a chunk, masks; all clips of a batch at once.
 
 Every batch is a function of (config, step) alone, so there is no state to save but the step. B batch, T frames, Q
 codebooks.
@@ -6,31 +6,31 @@ codebooks.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from megascale import seeding, storage
+from megascale import seeding
 from megascale.config import Section
-from megascale.data.cache import LocalShards, Purpose, ShardCache
-from megascale.data.index import Manifest, read_codes, read_index, read_manifest
+from megascale.data import transforms
+from megascale.data.folder import TokenFolder
 from megascale.data.order import Order
-from megascale.data.transforms import DropConfig, MaskConfig, draw_crop, draw_drop_share, draw_kept_frames, draw_mask
-from megascale.errors import DataError
+from megascale.data.resident import ResidentTokens
+from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.log import say
-from megascale.tokens import CODEBOOK_SIZE, FRAMES_PER_SECOND, codebooks_for
+from megascale.tokens import FRAMES_PER_SECOND
 
 _STEPS_AHEAD = 1024  # a stream's next shards are among those of its next window
 _STEPS_AT_ONCE = 16  # looked at before each step, so that no step takes long for it
-_SWEEP_AHEAD = 64  # shards
 
 X = TypeVar("X")
 Batch = dict[str, Tensor]
-Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes_TQ, positions_T, masked_TQ
+Row = tuple[np.ndarray, np.ndarray]  # codes_TQ, positions_T
+Source = TokenFolder | ResidentTokens
 
 
 class DataConfig(Section):
@@ -49,66 +49,15 @@ class DataConfig(Section):
         None, description="local folder for shards of a remote token folder; null: a temporary one, emptied at the end"
     )
     cache_gb: float = Field(50.0, gt=0, description="shards of a remote token folder take no more disk, for each rank")
+    resident: Literal["cpu", "gpu"] | None = Field(
+        None,
+        description="each rank holds the training clips' packed codes in memory, and makes the same batches there; "
+        "null: shards are read as they are needed",
+    )
 
-
-class TokenFolder:
-    """Random access to the clips of a token folder."""
-
-    def __init__(self, url: str, bitrate_kbps: float, cache: str | None = None, cache_gb: float = 50.0) -> None:
-        """Shards of a remote folder are copied to the local folder `cache` when they are needed, see `ShardCache`.
-
-        Raises DataError or TokenError: no manifest, a broken one, a shard of another codec, too few codebooks, or a
-        local shard that is missing or cut."""
-        self.url = url
-        self.manifest: Manifest = read_manifest(url)
-        self.num_codebooks = codebooks_for(bitrate_kbps)
-        if self.num_codebooks > self.manifest.codec.num_codebooks:
-            raise DataError(
-                f"{url}: stored with {self.manifest.codec.num_codebooks} codebooks, "
-                f"data.bitrate_kbps={bitrate_kbps} needs {self.num_codebooks}"
-            )
-        indexes = [read_index(url, facts, self.manifest.codec.fingerprint) for facts in self.manifest.shards]
-        self.shards = self.manifest.shards
-        self.members = [(n, member) for n, index in enumerate(indexes) for member in index.clips]
-        self.is_local = storage.is_local(url)
-        self._store: LocalShards | ShardCache
-        if self.is_local:
-            self._store = LocalShards(url, self.shards)
-        else:
-            self._store = ShardCache(url, self.shards, cache, round(cache_gb * 1e9))
-
-    def codes(self, clip: int) -> np.ndarray:
-        """Return codes_QT of one clip, int16. Raises DataError or TokenError if its shard is not what was committed."""
-        shard, member = self.members[clip]
-        stream = self._store.read(shard, member.offset, member.size)
-        where = f"{storage.join(self.url, self.shards[shard].name)}:{member.key}.ecdc"
-        return read_codes(stream, where, self.manifest.codec, self.num_codebooks)
-
-    def shards_of(self, clips: Iterable[int]) -> list[int]:
-        """Return the shards of these clips, each once, in the order of the clips."""
-        return list(dict.fromkeys(self.members[clip][0] for clip in clips))
-
-    def want(self, shards: Iterable[int], purpose: Purpose = "steps") -> None:
-        """Say which shards are needed next, in order of need, so that remote ones are fetched ahead."""
-        self._store.want(shards, purpose)
-
-    def sweep(self, clips: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield each of these clips with its codes_QT, int16."""
-        shards = self.shards_of(clips)
-        place = {shard: i for i, shard in enumerate(shards)}
-        first = -1
-        try:
-            for clip in map(int, clips):
-                if place[self.members[clip][0]] > first:
-                    first += 1
-                    self.want(shards[first : first + _SWEEP_AHEAD], "sweep")
-                yield clip, self.codes(clip)
-        finally:
-            self.want([], "sweep")
-
-    def close(self) -> None:
-        """End fetching, and remove a temporary cache; a process that ends does so itself."""
-        self._store.close()
+    @property
+    def crop_frames(self) -> int:
+        return max(1, round(self.clip_seconds * FRAMES_PER_SECOND))
 
 
 class PretrainBatches:
@@ -125,10 +74,12 @@ class PretrainBatches:
         micro_batch: int,
         rank: int,
         world_size: int,
+        resident: ResidentTokens | None = None,
     ) -> None:
+        """`resident`: the training clips, where they are held in memory; batches are made on its device."""
         self._folder, self._mask, self._drop, self._order, self._clips = folder, mask, drop, order, train_clips
-        self._crop_frames = max(1, round(config.clip_seconds * FRAMES_PER_SECOND))
-        self._micro_batch = micro_batch
+        self._source: Source = folder if resident is None else resident
+        self._crop_frames, self._micro_batch = config.crop_frames, micro_batch
         share = order.global_batch // world_size
         self._mine = slice(rank * share, (rank + 1) * share)
         self._last_need: dict[int, int] = {}  # shard -> last step known to need it; in order of first need
@@ -139,19 +90,31 @@ class PretrainBatches:
         """Return this rank's share of global batch `step`, cut into micro-batches."""
         self._look_ahead(step)
         epoch, places = self._order.batch(step)
-        drop_share = draw_drop_share(self._drop, seeding.generator(self._order.seed, "drop share", step))
+        drop_share = transforms.draw_drop_share(self._drop, seeding.generator(self._order.seed, "drop share", step))
         clips = self._clips[places[self._mine]]
         starts = range(0, len(clips), self._micro_batch)
-        return [self._micro(epoch, clips[i : i + self._micro_batch], drop_share) for i in starts]
+        return [
+            make_batch(
+                self._folder,
+                self._source,
+                clips[i : i + self._micro_batch],
+                self._crop_frames,
+                self._mask,
+                (self._order.seed, epoch),
+                drop_share,
+                self._drop.close_gap,
+            )
+            for i in starts
+        ]
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of the clips in `micro_batches(step)`, in their order."""
         _, places = self._order.batch(step)
-        return [self._folder.members[clip][1].key for clip in self._clips[places[self._mine]]]
+        return [self._folder.key(clip) for clip in self._clips[places[self._mine]]]
 
     def _look_ahead(self, step: int) -> None:
         """Tell a remote folder which shards this rank's next steps need, also those of the next epoch."""
-        if self._folder.is_local:
+        if self._folder.is_local or self._source is not self._folder:
             return
         if not self._step <= step <= self._seen:
             self._last_need, self._seen = {}, step
@@ -172,88 +135,86 @@ class PretrainBatches:
                 "so shards are fetched again and again; allow more, or fewer data.streams"
             )
 
-    def _micro(self, epoch: int, clips: np.ndarray, drop_share: float) -> Batch:
-        rows: list[Row] = []
-        for clip in clips:
-            key = self._folder.members[clip][1].key
-            rng = seeding.generator(self._order.seed, "clip", epoch, key)
-            codes_TQ = self._folder.codes(int(clip)).T
-            codes_TQ = codes_TQ[draw_crop(len(codes_TQ), self._crop_frames, rng)]
-            kept_T = draw_kept_frames(len(codes_TQ), drop_share, rng)
-            positions_T = np.arange(len(kept_T)) if self._drop.close_gap else kept_T
-            rows.append((codes_TQ[kept_T], positions_T, draw_mask(len(kept_T), codes_TQ.shape[1], self._mask, rng)))
-        return collate(rows)
+
+def make_batch(
+    folder: TokenFolder,
+    source: Source,
+    clips_B: np.ndarray,
+    crop_frames: int,
+    mask: MaskConfig,
+    seed: tuple[int, int | str],
+    drop_share: float = 0.0,
+    close_gap: bool = False,
+) -> Batch:
+    """Make a batch of these clips: cropped, with a share of frames dropped, masked.
+
+    Args:
+        folder: knows the clips' lengths and hashes.
+        source: has their codes; the batch is made on its device, and a GPU is not waited for.
+        clips_B: numbers in the folder.
+        crop_frames: longer clips are cropped.
+        mask: what is hidden.
+        seed: the run's seed, and the epoch or another name; with the clip's key it fixes all draws.
+        drop_share: of each clip's frames.
+        close_gap: number the frames that are left from 0 on.
+
+    Returns:
+        `codes_BTQ` and `positions_BT` int64, `masked_BTQ` bool, and, only if the lengths differ, `valid_BT` bool (padding
+        holds code 0, is never valid and never masked).
+    """
+    hash_B = transforms.on_device(folder.hash_N[clips_B], source.device)
+    crop_seed_B, drop_seed_B, mask_seed_B = (
+        seeding.clip_seeds(hash_B, seed[0], purpose, seed[1]) for purpose in ("crop", "drop", "mask")
+    )
+    whole_B = folder.frames_N[clips_B].astype(np.int64)
+    crop_B = np.minimum(whole_B, crop_frames)
+    removed_B = transforms.removed_frames(crop_B, drop_share)
+    kept_BT = transforms.draw_kept_frames(drop_seed_B, crop_B, removed_B)
+    codes_BTQ = source.take(clips_B, transforms.draw_starts(crop_seed_B, whole_B, crop_B), crop_B, kept_BT)
+    valid_BT = transforms.valid_frames(crop_B - removed_B, source.device)
+    if close_gap:
+        kept_BT = torch.arange(kept_BT.shape[1], device=source.device).expand(len(clips_B), -1)
+    batch = {
+        "codes_BTQ": codes_BTQ,
+        "positions_BT": kept_BT,
+        "masked_BTQ": transforms.draw_masks(mask_seed_B, crop_B - removed_B, folder.num_codebooks, mask),
+    }
+    if valid_BT is not None:
+        batch |= {
+            "codes_BTQ": codes_BTQ * valid_BT[..., None],
+            "positions_BT": kept_BT * valid_BT,
+            "valid_BT": valid_BT,
+        }
+    if source.device.type == "cpu" and torch.cuda.is_available():
+        batch = {name: value.pin_memory() for name, value in batch.items()}  # so that moving it holds nothing up
+    return batch
 
 
 def validation_batches(
     folder: TokenFolder, config: DataConfig, mask: MaskConfig, clips: np.ndarray, micro_batch: int, seed: int
 ) -> Iterator[Batch]:
     """Yield the held-out clips with masks that are the same at every validation, and nothing dropped."""
-    crop_frames = max(1, round(config.clip_seconds * FRAMES_PER_SECOND))
-    rows: list[Row] = []
-    for clip, codes_QT in folder.sweep(clips):
-        rng = seeding.generator(seed, "valid", folder.members[clip][1].key)
-        codes_TQ = codes_QT.T
-        codes_TQ = codes_TQ[draw_crop(len(codes_TQ), crop_frames, rng)]
-        rows.append((codes_TQ, np.arange(len(codes_TQ)), draw_mask(len(codes_TQ), codes_TQ.shape[1], mask, rng)))
-        if len(rows) == micro_batch:
-            yield collate(rows)
-            rows = []
-    if rows:
-        yield collate(rows)
+    for part in folder.sweep(clips, micro_batch):
+        yield make_batch(folder, folder, part, config.crop_frames, mask, (seed, "valid"))
 
 
 def collate(rows: Sequence[Row]) -> Batch:
     """Stack clips into a batch.
 
     Returns:
-        `codes_BTQ` and `positions_BT` int64, `masked_BTQ` bool where given, and, only if the lengths differ, `valid_BT`
-        bool (padding holds code 0, is never valid and never masked).
+        `codes_BTQ` and `positions_BT` int64, and, only if the lengths differ, `valid_BT` bool (padding holds code 0 and is
+        never valid).
     """
-    frames = [len(codes_TQ) for codes_TQ, _, _ in rows]
-    longest, num_codebooks = max(frames), rows[0][0].shape[1]
+    frames_B = np.array([len(codes_TQ) for codes_TQ, _ in rows])
+    longest, num_codebooks = int(frames_B.max()), rows[0][0].shape[1]
     codes_BTQ = torch.zeros(len(rows), longest, num_codebooks, dtype=torch.int64)
     positions_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
-    masked_BTQ = torch.zeros(len(rows), longest, num_codebooks, dtype=torch.bool)
-    for i, (codes_TQ, positions_T, masked_TQ) in enumerate(rows):
-        codes_BTQ[i, : frames[i]] = torch.from_numpy(codes_TQ.astype(np.int64))
-        positions_BT[i, : frames[i]] = torch.from_numpy(positions_T)
-        if masked_TQ is not None:
-            masked_BTQ[i, : frames[i]] = torch.from_numpy(masked_TQ)
+    for i, (codes_TQ, positions_T) in enumerate(rows):
+        codes_BTQ[i, : frames_B[i]] = torch.from_numpy(codes_TQ.astype(np.int64))
+        positions_BT[i, : frames_B[i]] = torch.from_numpy(positions_T)
     batch = {"codes_BTQ": codes_BTQ, "positions_BT": positions_BT}
-    if rows[0][2] is not None:
-        batch["masked_BTQ"] = masked_BTQ
-    if min(frames) < longest:
-        batch["valid_BT"] = torch.arange(longest) < torch.tensor(frames)[:, None]
-    return batch
-
-
-def split_held_out(folder: TokenFolder, valid_share: float) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Hold out clips by the hash of their recording: all its clips lie on one side, and stay there when the corpus grows.
-
-    Returns:
-        Training clips and held-out clips (numbers in the folder), and the training clips' count per shard.
-    """
-    shares = [seeding.hash_share("held out", member.recording) for _, member in folder.members]
-    held = np.array(shares) < valid_share
-    shard_of = np.array([shard for shard, _ in folder.members], int)
-    train, valid = np.flatnonzero(~held), np.flatnonzero(held)
-    sizes = np.bincount(shard_of[train], minlength=len(folder.shards))
-    return train, valid, tuple(int(n) for n in sizes)
-
-
-def unigram_counts(folder: TokenFolder, clips: np.ndarray, num_clips: int = 2000, num_shards: int = 32) -> np.ndarray:
-    """Count how often each code occurs per codebook, float64 (Q, V), over about `num_clips` clips spread evenly over
-    `num_shards` shards that are spread evenly over the folder: a remote one is not fetched whole for this."""
-    counts_QV = np.zeros((folder.num_codebooks, CODEBOOK_SIZE))
-    shard_of = np.array([folder.members[clip][0] for clip in clips], int)
-    shards = np.unique(shard_of)
-    chosen = shards[np.linspace(0, len(shards) - 1, min(num_shards, len(shards))).round().astype(int)]
-    clips = clips[np.isin(shard_of, chosen)]
-    for _, codes_QT in folder.sweep(clips[:: max(1, len(clips) // num_clips)]):
-        for q, codes_T in enumerate(codes_QT):
-            counts_QV[q] += np.bincount(codes_T, minlength=CODEBOOK_SIZE)
-    return counts_QV
+    valid_BT = transforms.valid_frames(frames_B, codes_BTQ.device)
+    return batch if valid_BT is None else batch | {"valid_BT": valid_BT}
 
 
 def prefetch(make: Callable[[int], X], start: int, stop: int, depth: int = 2) -> Iterator[X]:
@@ -263,6 +224,8 @@ def prefetch(make: Callable[[int], X], start: int, stop: int, depth: int = 2) ->
     """
     ready: queue.Queue[tuple[X | None, BaseException | None]] = queue.Queue(maxsize=depth)
     closed = threading.Event()
+    # a thread begins on the first GPU, and pinning memory from there would take some of it on every rank's account
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def put(item: tuple[X | None, BaseException | None]) -> None:
         while not closed.is_set():
@@ -273,6 +236,8 @@ def prefetch(make: Callable[[int], X], start: int, stop: int, depth: int = 2) ->
                 continue
 
     def work() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
         for step in range(start, stop):
             if closed.is_set():
                 return

@@ -1,14 +1,21 @@
-"""Crop, chunk drop and masking: pure functions of explicit generators.
+"""Crop, chunk drop and masking of whole batches: pure functions of the clips' seeds, the same bits on every device.
 
-T frames, Q codebooks.
+B clips, T frames of the longest, Q codebooks. Lengths, which fix the shapes, are NumPy arrays on the host: a GPU is
+never waited for. What is drawn is a tensor where the seeds are (`seeding.clip_seeds`, one for each clip and purpose).
 """
 
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
+from megascale import seeding
 from megascale.config import Section
+
+_FRAME_BITS = 20  # of the keys that frames are ordered by: clips have up to a million frames, nearly four hours
+_NEVER = (1 << 63) - 1
 
 
 class MaskConfig(Section):
@@ -36,14 +43,6 @@ class DropConfig(Section):
         return self
 
 
-def draw_crop(num_frames: int, crop_frames: int, rng: np.random.Generator) -> slice:
-    """Return a random stretch of `crop_frames`, or the whole clip if it is no longer than that."""
-    if num_frames <= crop_frames:
-        return slice(0, num_frames)
-    start = int(rng.integers(num_frames - crop_frames + 1))
-    return slice(start, start + crop_frames)
-
-
 def draw_drop_share(config: DropConfig, rng: np.random.Generator) -> float:
     """Return the share of frames that this batch loses: one draw per batch, so that its clips stay equally long."""
     dropped = rng.random() < config.p
@@ -51,41 +50,87 @@ def draw_drop_share(config: DropConfig, rng: np.random.Generator) -> float:
     return float(share) if dropped else 0.0
 
 
-def draw_kept_frames(num_frames: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return which frames stay, int64 ascending, after one contiguous run of round(share x T) is removed."""
-    length = min(round(share * num_frames), num_frames - 1)
-    start = int(rng.integers(num_frames - length + 1))
-    return np.concatenate([np.arange(start), np.arange(start + length, num_frames)])
+def removed_frames(lengths_B: np.ndarray, share: float) -> np.ndarray:
+    """Return how many frames each clip loses, int64: round(share x T), and never all of them."""
+    return np.minimum(np.rint(share * lengths_B).astype(np.int64), lengths_B - 1)
 
 
-def draw_mask(num_frames: int, num_codebooks: int, config: MaskConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draw which tokens to hide: masked_TQ bool, True = predict.
+def draw_starts(seeds_B: Tensor, whole_B: np.ndarray, part_B: np.ndarray) -> Tensor:
+    """Return where a part of each clip begins, int64 (B,): every place where it fits is as likely."""
+    return seeding.integers_below(seeds_B, on_device(whole_B - part_B + 1, seeds_B.device))
 
-    Each codebook hides max(1, round(ratio x T)) frames. `token` draws them for each codebook apart, `frame` the same
-    for all, `span` the same for all in runs. (paper, section 3: 25% of the input tokens)
-    """
-    count = max(1, round(config.ratio * num_frames))
-    masked_TQ = np.zeros((num_frames, num_codebooks), dtype=bool)
-    if config.kind == "token":
-        order_TQ = rng.random((num_frames, num_codebooks)).argsort(axis=0)
-        np.put_along_axis(masked_TQ, order_TQ[:count], True, axis=0)
-    elif config.kind == "frame":
-        masked_TQ[rng.permutation(num_frames)[:count]] = True
+
+def draw_kept_frames(seeds_B: Tensor, lengths_B: np.ndarray, removed_B: np.ndarray) -> Tensor:
+    """Return which frames stay after one contiguous run is removed, int64 (B, T) ascending; padding holds 0."""
+    left_B = lengths_B - removed_B
+    frame_T = torch.arange(int(left_B.max()), device=seeds_B.device)
+    if not removed_B.any():
+        kept_BT = frame_T.expand(len(lengths_B), -1)
     else:
-        masked_TQ[_span_frames(num_frames, count, config.span_frames, rng)] = True
-    return masked_TQ
+        gap_B1 = draw_starts(seeds_B, lengths_B, removed_B)[:, None]
+        kept_BT = frame_T + (frame_T >= gap_B1) * on_device(removed_B, seeds_B.device)[:, None]
+    valid_BT = valid_frames(left_B, seeds_B.device)
+    return kept_BT if valid_BT is None else kept_BT * valid_BT
 
 
-def _span_frames(num_frames: int, count: int, span: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose exactly `count` frames in runs of `span`; the last run is shorter where it must be.
+def valid_frames(lengths_B: np.ndarray, device: torch.device) -> Tensor | None:
+    """Return which frames of a padded batch are a clip's own, bool (B, T); None where all are."""
+    longest = int(lengths_B.max())
+    if int(lengths_B.min()) == longest:
+        return None
+    return torch.arange(longest, device=device) < on_device(lengths_B, device)[:, None]
 
-    A run that passes the end goes on at the start: else the first frames, which few runs reach, are rarely chosen.
+
+def draw_masks(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, config: MaskConfig) -> Tensor:
+    """Draw which tokens to hide: masked_BTQ bool, True = predict; padding is never hidden.
+
+    Each codebook of a clip of T frames hides max(1, round(ratio x T)) frames. `token` draws them for each codebook
+    apart, `frame` the same for all, `span` the same for all in runs. (paper, section 3: 25% of the input tokens)
     """
-    chosen = np.zeros(num_frames, dtype=bool)
-    for start in rng.permutation(num_frames):
-        room = count - int(chosen.sum())
-        if room == 0:
-            break
-        run = (start + np.arange(min(span, num_frames))) % num_frames
-        chosen[run[~chosen[run]][:room]] = True
-    return np.flatnonzero(chosen)
+    longest, device = int(lengths_B.max()), seeds_B.device
+    assert longest < 1 << _FRAME_BITS, "longer clips have no room in the keys"
+    drawn = num_codebooks if config.kind == "token" else 1
+    frame_T = torch.arange(longest, device=device)
+    number_QT = torch.arange(drawn, device=device)[:, None] * (1 << _FRAME_BITS) + frame_T
+    if config.kind == "span":
+        keys_BQT = _span_keys(seeds_B, lengths_B, frame_T, config.span_frames)[:, None]
+    else:
+        # the frame in the last bits keeps keys apart, so that exactly `count` are the smallest
+        keys_BQT = seeding.random_bits(seeds_B[:, None, None], number_QT, 63 - _FRAME_BITS)
+        keys_BQT = keys_BQT.bitwise_left_shift_(_FRAME_BITS).bitwise_or_(frame_T)
+    valid_BT = valid_frames(lengths_B, device)
+    if valid_BT is not None:
+        keys_BQT = keys_BQT.masked_fill(~valid_BT[:, None], _NEVER)
+    counts_B = np.maximum(1, np.rint(config.ratio * lengths_B).astype(np.int64))
+    masked_BQT = keys_BQT <= _nth_smallest(keys_BQT, counts_B)
+    return masked_BQT.transpose(1, 2).expand(-1, -1, num_codebooks).contiguous()
+
+
+def _span_keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, span: int) -> Tensor:
+    """Return keys_BT by which frames are taken in runs of `span`: run after run in random order, each from its start.
+
+    A frame's key is that of the first run that holds it, and its place there, so the last run is shorter where it must
+    be. A run that passes the end goes on at the start: else the first frames, which few runs reach, are rarely chosen.
+    """
+    length_B1 = on_device(lengths_B, seeds_B.device)[:, None]
+    run_BT = seeding.random_bits(seeds_B[:, None], frame_T, 63 - 2 * _FRAME_BITS).bitwise_left_shift_(_FRAME_BITS)
+    run_BT = run_BT.bitwise_or_(frame_T).bitwise_left_shift_(_FRAME_BITS)
+    keys_BT = run_BT
+    for place in range(1, min(span, len(frame_T))):
+        keys_BT = torch.minimum(keys_BT, run_BT.gather(1, (frame_T - place) % length_B1) | place)
+    return keys_BT
+
+
+def _nth_smallest(keys_BQT: Tensor, counts_B: np.ndarray) -> Tensor:
+    """Return the counts-th smallest of the keys of each clip and codebook, (B, Q, 1)."""
+    count = int(counts_B[0])
+    if keys_BQT.device.type == "cpu" and (counts_B == count).all():  # several times faster than any sort, and the same
+        return torch.from_numpy(np.partition(keys_BQT.numpy(), count - 1, axis=-1)[..., count - 1 : count])
+    place_BQ1 = on_device(counts_B - 1, keys_BQT.device)[:, None, None].expand(-1, keys_BQT.shape[1], 1)
+    return keys_BQT.sort(dim=-1).values.gather(-1, place_BQ1)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Move a small array to a device without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 from megascale import run_folder, seeding, storage
 from megascale.config import Section
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
-from megascale.data.loader import Batch, collate
-from megascale.data.transforms import DropConfig, draw_crop, draw_drop_share, draw_kept_frames
+from megascale.data.loader import Batch, Row, collate
+from megascale.data.transforms import DropConfig, draw_drop_share, draw_kept_frames, draw_starts, removed_frames
 from megascale.downstream.protocols import (
     Splits,
     TaskConfig,
@@ -261,6 +261,7 @@ class _Trainer:
         self._config, self._clips, self._classes, self._splits, self._path = config, clips, classes, splits, path
         number = {name: i for i, name in enumerate(classes)}
         self._targets = np.array([number[str(clip.labels[config.task.label])] for clip in clips])
+        self._hashes = np.array([seeding.hash_int64(clip.key) for clip in clips])
         self._batch = min(config.train.batch, len(splits["train"]))
         self._per_epoch = len(splits["train"]) // self._batch
         self._num_steps = config.train.epochs * self._per_epoch
@@ -310,15 +311,24 @@ class _Trainer:
                 chosen = train[order[i * self._batch : (i + 1) * self._batch]]
                 rng = seeding.generator(config.seed, "finetune batch", epoch, i)
                 share = draw_drop_share(config.drop, rng) if config.arm == "ft_aug" else 0.0
-                rows = [self._row(clip, crop_frames, share, epoch) for clip in chosen]
+                rows = self._rows(chosen, crop_frames, share, epoch)
                 yield [collate(rows) | {"targets_B": torch.from_numpy(self._targets[chosen])}]
 
-    def _row(self, clip: int, crop_frames: int, drop_share: float, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
-        rng = seeding.generator(self._config.seed, "finetune clip", epoch, self._clips[clip].key)
-        codes_TQ = self._clips[clip].codes_QT.T
-        codes_TQ = codes_TQ[draw_crop(len(codes_TQ), crop_frames, rng)]
-        kept_T = draw_kept_frames(len(codes_TQ), drop_share, rng)
-        return codes_TQ[kept_T], np.arange(len(kept_T)) if self._config.drop.close_gap else kept_T, None
+    def _rows(self, chosen: np.ndarray, crop_frames: int, drop_share: float, epoch: int) -> list[Row]:
+        crop_seed_B, drop_seed_B = (
+            seeding.clip_seeds(torch.from_numpy(self._hashes[chosen]), self._config.seed, f"finetune {purpose}", epoch)
+            for purpose in ("crop", "drop")
+        )
+        whole_B = np.array([self._clips[clip].codes_QT.shape[1] for clip in chosen])
+        crop_B = np.minimum(whole_B, crop_frames)
+        removed_B = removed_frames(crop_B, drop_share)
+        starts_B = draw_starts(crop_seed_B, whole_B, crop_B).numpy()
+        kept_BT = draw_kept_frames(drop_seed_B, crop_B, removed_B).numpy()
+        rows = []
+        for clip, start, kept_T, left in zip(chosen, starts_B, kept_BT, crop_B - removed_B, strict=True):
+            codes_TQ = self._clips[clip].codes_QT.T[start + kept_T[:left]]
+            rows.append((codes_TQ, np.arange(left) if self._config.drop.close_gap else kept_T[:left]))
+        return rows
 
     def _validate(self, steps: int) -> dict[str, float]:
         probabilities_RC, targets_R, _, loss = self._predict(self._splits["valid"])
@@ -334,7 +344,7 @@ class _Trainer:
         parts = []
         for i in range(0, len(order), self._config.train.eval_batch):
             chosen = order[i : i + self._config.train.eval_batch]
-            rows = [(self._clips[c].codes_QT.T, np.arange(self._clips[c].codes_QT.shape[1]), None) for c in chosen]
+            rows = [(self._clips[c].codes_QT.T, np.arange(self._clips[c].codes_QT.shape[1])) for c in chosen]
             parts.append(self._engine.evaluate(collate(rows)).float().softmax(dim=-1).cpu().numpy())
         probabilities, targets = np.concatenate(parts), self._targets[order]
         averaged = average_windows(probabilities, targets, [self._clips[i].recording for i in order])

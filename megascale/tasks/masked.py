@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megascale import storage
-from megascale.data.loader import Batch, DataConfig, TokenFolder, unigram_counts, validation_batches
+from megascale.data.folder import TokenFolder, unigram_counts
+from megascale.data.loader import Batch, DataConfig, validation_batches
 from megascale.data.transforms import MaskConfig
 from megascale.log import rank
 from megascale.model.mega_audioformer import MaskedTokenOutput

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator
 
 from megascale import run_folder, seeding, storage
 from megascale.config import Section
-from megascale.data.loader import DataConfig, PretrainBatches, TokenFolder, prefetch, split_held_out
+from megascale.data.folder import TokenFolder, split_held_out
+from megascale.data.loader import DataConfig, PretrainBatches, prefetch
 from megascale.data.order import Order, default_streams
+from megascale.data.resident import ResidentTokens, check_room, resident_bytes
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import ConfigError, DataError
 from megascale.log import MetricLog, duration, rank, read_metrics, say, world_size
@@ -40,7 +43,7 @@ from megascale.train.zero import ZeroConfig, deepspeed_settings
 
 _MAY_CHANGE = (
     *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
-    *("data.cache", "data.cache_gb"),
+    *("data.cache", "data.cache_gb", "data.resident"),
     *("data.url", "output.url"),  # they may have been moved; `_check_corpus` looks whether the tokens are the same
 )
 
@@ -146,6 +149,7 @@ def describe_plan(config: PretrainConfig) -> str:
             f"Q={data.folder.num_codebooks} ({manifest.codec.name})",
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
             f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
+            *_resident_lines(config, data),
             *cost_lines(plan, config.zero.stage, world_size()),
             f"-> {config.output.url}",
         ]
@@ -177,6 +181,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         return finished
     data, model = _open_data(config), _build_model(config)
     _micro_batch(config, world_size())
+    if config.data.resident is not None:
+        check_room(resident_bytes(data.folder, data.train), config.data.resident)
     locked = run_folder.lock(path) if rank() == 0 else nullcontext()
     with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
         return _train(config, path, data, model, uploads)
@@ -225,8 +231,9 @@ def _train(
         storage.publish_bytes(str(path / "deepspeed.json"), json.dumps(engine.settings, indent=1).encode())
     start = _go_on(engine, found, config) if found is not None else 0
     log = MetricLog(path / "metrics.jsonl", start, config.log.tensorboard, config.log.wandb_project, path.name)
+    resident = _hold(config, data, engine.device)
     batches = PretrainBatches(
-        data.folder, config.data, config.mask, config.drop, data.order, data.train, micro_batch, rank, ranks
+        data.folder, config.data, config.mask, config.drop, data.order, data.train, micro_batch, rank, ranks, resident
     )
     validator = Validator(
         engine, data.folder, config.data, config.mask, data.train, data.valid, micro_batch, config.seed
@@ -309,6 +316,23 @@ def _open_data(config: PretrainConfig) -> _Data:
     order = Order(sizes, config.seed, streams, config.train.global_batch)
     spread = valid[:: max(1, len(valid) // config.train.valid_clips)]
     return _Data(folder, train, spread[: config.train.valid_clips], order)
+
+
+def _resident_lines(config: PretrainConfig, data: _Data) -> list[str]:
+    if config.data.resident is None:
+        return []
+    size = resident_bytes(data.folder, data.train)
+    return [
+        f"data.resident={config.data.resident}: each rank holds {len(data.train)} clips, {size / 1e9:.3g} GB of packed codes"
+    ]
+
+
+def _hold(config: PretrainConfig, data: _Data, device: torch.device) -> ResidentTokens | None:
+    if config.data.resident is None:
+        return None
+    say(*_resident_lines(config, data))
+    where = device if config.data.resident == "gpu" else torch.device("cpu")
+    return ResidentTokens(data.folder, data.train, where, title="holding tokens")
 
 
 def _build_model(config: PretrainConfig) -> MegaAudioFormer:

@@ -13,7 +13,8 @@ from stores import wait_until
 from support import write_paced_tokens, write_token_folder
 
 from megascale import storage
-from megascale.data.loader import Batch, DataConfig, PretrainBatches, TokenFolder, split_held_out
+from megascale.data.folder import TokenFolder, split_held_out
+from megascale.data.loader import Batch, DataConfig, PretrainBatches
 from megascale.data.order import Order
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import DataError

@@ -12,6 +12,8 @@ from megascale import seeding
 PINNED_RAW = [14820236545663818995, 18026731573478843711]
 PINNED_TORCH = 5707677879592738289
 PINNED_SHARE = 0.9768436072693493
+PINNED_HASH = 284129225945956533
+PINNED_BITS = [2858657024226, 4821126038448]
 
 
 def first(*arguments: int | str) -> list[int]:
@@ -96,3 +98,44 @@ def test_hash_share_holds_out_the_asked_share():
 def test_hash_share_of_a_clip_does_not_depend_on_the_others():
     assert seeding.hash_share("held out", "k") == seeding.hash_share("held out", "k")
     assert seeding.hash_share("held out", "k") != seeding.hash_share("held out", "l")
+
+
+def test_draws_of_many_are_splitmix64():
+    # the reference implementation's first outputs from this seed (Vigna, splitmix64.c)
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    drawn = seeding.random_bits(torch.tensor(1234567), torch.arange(3), 63)
+    assert drawn.tolist() == [word >> 1 for word in expected]
+
+
+@pytest.mark.parametrize("count", [1, 23, 31, 43, 63])
+def test_random_bits_are_as_many_as_asked_for_and_each_is_set_half_the_time(count):
+    drawn = seeding.random_bits(seeding.clip_seeds(torch.arange(100), 0, "bits")[:, None], torch.arange(100), count)
+    assert drawn.min() >= 0
+    for bit in range(count):
+        # a binomial share of 10,000; five deviations
+        assert abs(float((drawn >> bit & 1).double().mean()) - 0.5) < 5 * 0.5 / 100
+    assert not (drawn >> count).any()
+
+
+def test_seeds_of_clips_differ_by_clip_seed_purpose_and_id():
+    hashes_B = torch.arange(-500, 500)
+    drawn = [
+        seeding.clip_seeds(hashes_B, *ids) for ids in ((0, "mask", 0), (1, "mask", 0), (0, "crop", 0), (0, "mask", 1))
+    ]
+    assert len(torch.cat(drawn).unique()) == 4000
+
+
+def test_integers_below_are_uniform_for_each_bound():
+    drawn = seeding.integers_below(seeding.clip_seeds(torch.arange(10_000), 0, "below"), torch.arange(10_000) % 10 + 1)
+    for bound in range(1, 11):
+        counts = torch.bincount(drawn[bound - 1 :: 10], minlength=bound).double()
+        assert len(counts) == bound
+        # binomial shares of 1,000; five deviations
+        assert ((counts / 1000 - 1 / bound).abs() <= 5 * (1 / bound * (1 - 1 / bound) / 1000) ** 0.5).all()
+
+
+def test_draws_of_many_are_pinned():
+    # a change here would change every resumed run's crops, drops and masks
+    assert seeding.hash_int64("clip-0001") == PINNED_HASH
+    seeds_B = seeding.clip_seeds(torch.tensor([seeding.hash_int64("clip-0001"), 5]), 7, "mask", 3)
+    assert seeding.random_bits(seeds_B, torch.tensor(2), 43).tolist() == PINNED_BITS

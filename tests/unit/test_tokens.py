@@ -108,6 +108,26 @@ def test_lower_bitrate_is_the_first_codebooks():
         assert np.array_equal(read_QT, codes_QT[:num_codebooks])
 
 
+@pytest.mark.parametrize("rows", [1, 7, 40_000])  # the last one takes more than one block
+@pytest.mark.parametrize("shift", [None, 0, 2, 4, 6, 24])
+def test_words_are_unpacked_from_any_bit_of_any_row_and_packed_again(rows, shift):
+    rng = np.random.default_rng(rows)
+    codes = rng.integers(0, 1024, (rows, 8)).astype(np.int16)
+    packed = tokens.pack(codes)
+    assert (packed.shape, packed.dtype) == ((rows, 10), np.uint8)
+    moved = rng.integers(0, 256, (rows + 1, 20), dtype=np.uint8)  # what lies beside them does not matter
+    bits = np.unpackbits(moved[:rows], axis=1, bitorder="little")
+    for word in range(2):  # eight bytes apart: a word may begin anywhere
+        at = 64 * word + (shift or 0)
+        bits[:, at : at + 40] = np.unpackbits(packed[:, 5 * word : 5 * word + 5], axis=1, bitorder="little")
+    moved[:rows] = np.packbits(bits, axis=1, bitorder="little")
+    words = tokens.code_words(moved.tobytes(), (rows, 2), (20, 8))
+    shifts = None if shift is None else np.full((rows, 1), shift, dtype=np.uint64)
+    unpacked = tokens.unpack(words, shifts)
+    assert unpacked.dtype == np.int16
+    assert np.array_equal(unpacked, codes)
+
+
 def test_more_codebooks_than_stored_are_refused():
     codes_QT, samples = random_codes(2, 5)
     with pytest.raises(TokenError, match=r"^x\.ecdc: holds 2 codebooks, 4 were asked for$"):

@@ -17,8 +17,8 @@ from support import write_token_folder
 from megascale import storage
 from megascale.data import cache
 from megascale.data.cache import ShardCache
+from megascale.data.folder import TokenFolder
 from megascale.data.index import ShardFacts, read_manifest
-from megascale.data.loader import TokenFolder
 from megascale.errors import DataError, StorageError
 
 NUM_SHARDS = 6
@@ -82,7 +82,7 @@ def numbers_in(folder: Path, shards: list[ShardFacts]) -> set[int]:
 
 
 def whole(store: ShardCache, number: int, shards: list[ShardFacts]) -> bytes:
-    return store.read(number, 0, shards[number].size)
+    return store.read_many([number], [0], [shards[number].size])[0]
 
 
 def expect(store: ShardCache, number: int, shards: list[ShardFacts], stored: Path) -> None:
@@ -93,7 +93,7 @@ def test_any_stretch_of_any_shard_is_read_and_each_is_fetched_once(open_cache, s
     store = open_cache(NUM_SHARDS)
     for number in (5, 0, 3, 5, 1, 2, 4, 0):
         expect(store, number, shards, stored)
-        assert store.read(number, 700, 31) == (stored / shards[number].name).read_bytes()[700:731]
+        assert store.read_many([number], [700], [31]) == [(stored / shards[number].name).read_bytes()[700:731]]
     assert fetched == {facts.name: 1 for facts in shards}
 
 
@@ -342,25 +342,26 @@ def test_temporary_folder_is_empty_when_the_folder_is_closed(url, stored, shards
     folder = TokenFolder(url, 1.5)
     assert list(tmp_path.iterdir()) == [], "nothing is written before a shard is read"
     folder.want([1, 2, 3])
-    assert folder.codes(0).shape == (2, 20)
+    assert folder.whole(np.array([0])).shape == (1, 20, 2)
     assert list(tmp_path.iterdir()) != []
     folder.close()
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
     with pytest.raises(StorageError, match=f"^{url}: its cache was closed$"):
-        folder.codes(0)
+        folder.whole(np.array([0]))
 
 
 ENDS_IN_THE_MIDDLE = """
 import sys, threading
 sys.path[:0] = [{tests!r}, {root!r}]
+import numpy as np
 from pathlib import Path
 from stores import HookedStore, hooked_copy
-from megascale.data.loader import TokenFolder
+from megascale.data.folder import TokenFolder
 
 with hooked_copy(Path({stored!r})) as url:
     folder, hangs = TokenFolder(url, 1.5), threading.Event()
-    folder.codes(0)
+    folder.whole(np.array([0]))
     HookedStore.hook = staticmethod(lambda name: (hangs.set(), threading.Event().wait()))
     folder.want([1, 2, 3, 4, 5])
     assert hangs.wait(30)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,10 @@ import pytest
 import torch
 from support import write_token_folder
 
-from megascale.data.loader import (
-    Batch,
-    DataConfig,
-    PretrainBatches,
-    TokenFolder,
-    collate,
-    prefetch,
-    split_held_out,
-    validation_batches,
-)
+from megascale.data.folder import TokenFolder, split_held_out
+from megascale.data.loader import Batch, DataConfig, PretrainBatches, collate, make_batch, prefetch, validation_batches
 from megascale.data.order import Order
+from megascale.data.resident import ResidentTokens
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import DataError
 
@@ -50,10 +44,11 @@ def batches_of(
     global_batch: int = 8,
     config: DataConfig = CONFIG,
     mask: MaskConfig = MaskConfig(),  # noqa: B008
+    resident: ResidentTokens | None = None,
 ) -> PretrainBatches:
     train, _, sizes = split_held_out(folder, 0.0)
     order = Order(sizes, seed, streams, global_batch)
-    return PretrainBatches(folder, config, mask, drop, order, train, micro_batch, rank, world_size)
+    return PretrainBatches(folder, config, mask, drop, order, train, micro_batch, rank, world_size, resident)
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -75,12 +70,15 @@ def cut_from(codes_TQ: torch.Tensor, positions_T: torch.Tensor, stored_NQT: np.n
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_any_ranks_and_micro_batches_give_the_same_global_batch(folder, world_size, micro_batch):
+@pytest.mark.parametrize("held", [False, True])
+def test_any_ranks_and_micro_batches_and_memory_give_the_same_global_batch(folder, world_size, micro_batch, held):
+    resident = ResidentTokens(folder, np.arange(CLIPS), torch.device("cpu")) if held else None
     for step in range(12):  # two epochs and a half, some steps with a drop and some without
         whole = joined(batches_of(folder).micro_batches(step))
         cut: list[Batch] = []
         for rank in range(world_size):
-            mine = batches_of(TokenFolder(folder.url, 1.5), rank, world_size, micro_batch).micro_batches(step)
+            source = batches_of(TokenFolder(folder.url, 1.5), rank, world_size, micro_batch, resident=resident)
+            mine = source.micro_batches(step)
             assert [len(batch["codes_BTQ"]) for batch in mine] == [micro_batch] * (8 // world_size // micro_batch)
             cut += mine
         assert equal(whole, joined(cut))
@@ -165,42 +163,91 @@ def test_validation_is_the_same_each_time_and_drops_nothing(folder):
         assert (batch["masked_BTQ"].sum(dim=1) == round(0.25 * 30)).all()
 
 
-def row(frames: int, masked: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    masked_TQ = np.ones((frames, 2), dtype=bool)
-    return np.full((frames, 2), 7, dtype=np.int16), np.arange(5, 5 + frames), masked_TQ if masked else None
+def row(frames: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((frames, 2), 7, dtype=np.int16), np.arange(5, 5 + frames)
 
 
 def test_equal_lengths_are_not_padded():
     batch = collate([row(4), row(4)])
-    assert set(batch) == {"codes_BTQ", "positions_BT", "masked_BTQ"}
+    assert set(batch) == {"codes_BTQ", "positions_BT"}
     assert (batch["codes_BTQ"].dtype, batch["positions_BT"].dtype) == (torch.int64, torch.int64)
     assert torch.equal(batch["codes_BTQ"], torch.full((2, 4, 2), 7))
     assert torch.equal(batch["positions_BT"], torch.arange(5, 9).expand(2, 4))
-    assert batch["masked_BTQ"].all()
 
 
-def test_padding_is_never_valid_and_never_masked():
+def test_padding_is_never_valid():
     batch = collate([row(2), row(5), row(1)])
     expected_BT = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
     assert torch.equal(batch["valid_BT"], expected_BT)
-    assert torch.equal(batch["masked_BTQ"], expected_BT[..., None].expand(3, 5, 2))
     assert torch.equal(batch["codes_BTQ"], 7 * expected_BT[..., None].expand(3, 5, 2))
 
 
-def test_rows_without_masks_give_batches_without_masks():
-    assert set(collate([row(2, masked=False), row(3, masked=False)])) == {"codes_BTQ", "positions_BT", "valid_BT"}
+LENGTHS = [9, FRAMES, 31, 1, FRAMES, 30, 17, FRAMES] * 5
 
 
-def test_clips_of_several_lengths_are_padded_where_they_are_short(folder, monkeypatch):
-    whole = folder.codes
-    monkeypatch.setattr(folder, "codes", lambda clip: whole(clip)[:, : 9 if clip % 2 else FRAMES])
-    lengths = []
-    for step in range(4):
-        batch = joined(batches_of(folder, drop=DropConfig(p=0)).micro_batches(step))
-        length_B = batch["valid_BT"].sum(dim=1)
-        assert torch.equal(batch["masked_BTQ"].sum(dim=1), torch.where(length_B == 9, 2, 8)[:, None].expand(-1, 2))
-        lengths += length_B.tolist()
-    assert set(lengths) == {9, CROP}
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
+    """40 clips of six lengths, some shorter than a crop, and their codes_QT."""
+    path = tmp_path_factory.mktemp("ragged")
+    return path, write_token_folder(path, CLIPS, num_codebooks=5, frames=LENGTHS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize("close_gap", [False, True])
+def test_clips_of_several_lengths_are_padded_where_they_are_short(ragged, share, close_gap):
+    folder = TokenFolder(str(ragged[0]), 2.25)
+    drop = DropConfig(p=float(share > 0), min_share=share, max_share=share, close_gap=close_gap)
+    source, seen = batches_of(folder, drop=drop), Counter()
+    for step in range(5):
+        batch, keys = joined(source.micro_batches(step)), source.keys(step)
+        for i, key in enumerate(keys):
+            clip = int(key.removeprefix("clip-"))
+            crop = min(LENGTHS[clip], CROP)
+            left = crop - min(round(share * crop), crop - 1)
+            assert batch["valid_BT"][i].tolist() == [True] * left + [False] * (batch["valid_BT"].shape[1] - left)
+            assert (batch["masked_BTQ"][i, :left].sum(dim=0) == max(1, round(0.25 * left))).all()
+            for name in ("codes_BTQ", "positions_BT", "masked_BTQ"):
+                assert not batch[name][i, left:].any(), "padding holds nothing"
+            alone = make_batch(folder, folder, np.array([clip]), CROP, MaskConfig(), (3, 0), share, close_gap)
+            for name in ("codes_BTQ", "positions_BT", "masked_BTQ"):
+                assert torch.equal(batch[name][i, :left], alone[name][0])
+            seen[left] += 1
+    assert len(seen) == 4, "30 frames and three shorter lengths"
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stored_as", ["equal", "ragged"])
+@pytest.mark.parametrize("kind", ["token", "span"])
+def test_resident_batches_are_those_of_the_stream_bit_by_bit(request, num_codebooks, stored_as, kind, tmp_path):
+    if stored_as == "ragged":
+        path = request.getfixturevalue("ragged")[0]
+    else:
+        path = tmp_path
+        write_token_folder(path, CLIPS, num_codebooks=num_codebooks + 1, frames=FRAMES)
+    folder = TokenFolder(str(path), 0.75 * num_codebooks)
+    train, valid, sizes = split_held_out(folder, 0.2)
+    assert len(valid)
+    resident = ResidentTokens(folder, train, torch.device("cpu"))
+    order, mask = Order(sizes, 3, 4, 8), MaskConfig(kind=kind, span_frames=4)
+    streamed, held = (
+        PretrainBatches(folder, CONFIG, mask, DropConfig(p=0.5), order, train, 4, 1, 2, source)
+        for source in (None, resident)
+    )
+    for step in range(8):
+        for a, b in zip(streamed.micro_batches(step), held.micro_batches(step), strict=True):
+            assert equal(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_made_on_a_gpu_are_those_of_the_stream_bit_by_bit(ragged):
+    folder = TokenFolder(str(ragged[0]), 2.25)
+    resident = ResidentTokens(folder, np.arange(CLIPS), torch.device("cuda", 0))
+    for clips in (np.array([1, 4, 7, 12]), np.arange(CLIPS)):
+        here, there = (
+            make_batch(folder, source, clips, CROP, MaskConfig(), (3, 0), 0.2) for source in (folder, resident)
+        )
+        assert all(value.is_cuda for value in there.values())
+        assert equal(here, {name: value.cpu() for name, value in there.items()})
 
 
 def test_prefetch_yields_every_step_in_order():

@@ -11,16 +11,9 @@ from stores import HookedStore, hooked_copy, wait_until
 from support import write_token_folder
 
 from megascale.data import loader
+from megascale.data.folder import TokenFolder, split_held_out, unigram_counts
 from megascale.data.index import read_manifest
-from megascale.data.loader import (
-    Batch,
-    DataConfig,
-    PretrainBatches,
-    TokenFolder,
-    split_held_out,
-    unigram_counts,
-    validation_batches,
-)
+from megascale.data.loader import Batch, DataConfig, PretrainBatches, validation_batches
 from megascale.data.order import Order
 from megascale.data.transforms import DropConfig, MaskConfig
 

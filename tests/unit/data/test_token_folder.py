@@ -1,15 +1,20 @@
 """A token folder as training reads it: by offset, through few open files, and only what the manifest names."""
 
+import gc
+import hashlib
 import json
 import shutil
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support import write_token_folder
 
 from megascale.data import cache
-from megascale.data.loader import TokenFolder, split_held_out, unigram_counts
+from megascale.data.folder import TokenFolder, split_held_out, unigram_counts
 from megascale.data.order import Order
 from megascale.errors import DataError, TokenError
 
@@ -30,10 +35,28 @@ def copy(stored, tmp_path) -> Path:
 @pytest.mark.parametrize(("bitrate_kbps", "num_codebooks"), [(0.75, 1), (1.5, 2), (3.0, 4)])
 def test_any_clip_is_read_in_any_order_at_any_bitrate_stored(stored, bitrate_kbps, num_codebooks):
     folder = TokenFolder(str(stored[0]), bitrate_kbps)
-    for clip in (39, 0, 8, 7, 23, 39):
-        codes_QT = folder.codes(clip)
-        assert codes_QT.dtype == np.int16
-        assert np.array_equal(codes_QT, stored[1][clip][:num_codebooks])
+    clips = np.array([39, 0, 8, 7, 23, 39])
+    codes_BTQ = folder.whole(clips)
+    assert codes_BTQ.dtype == np.int16
+    assert np.array_equal(codes_BTQ, np.stack([stored[1][clip][:num_codebooks].T for clip in clips]))
+    assert [folder.key(clip) for clip in (39, 0, 8)] == ["clip-0039", "clip-0000", "clip-0008"]
+
+
+@pytest.mark.parametrize("num_stored", [1, 2, 3, 4, 5, 7, 8, 16, 31, 32])
+def test_any_stretches_of_any_clips_are_read_at_once_from_any_number_of_codebooks(tmp_path, num_stored):
+    """At most of them the first code does not lie at a byte's start."""
+    stored = write_token_folder(tmp_path, 40, num_stored, frames=[*range(41, 81)])
+    rng = np.random.default_rng(num_stored)
+    for num_codebooks in sorted({1, 2, num_stored - 1, num_stored} & {*range(1, num_stored + 1)}):
+        folder = TokenFolder(str(tmp_path), 0.75 * num_codebooks)
+        clips = rng.integers(0, 40, 100)
+        for lengths_B in (np.full(100, 17), np.full(100, 41), rng.integers(1, 42, 100)):
+            starts_B = rng.integers(0, folder.frames_N[clips] - lengths_B + 1)
+            codes_BTQ = folder.codes(clips, starts_B, lengths_B)
+            assert codes_BTQ.shape == (100, lengths_B.max(), num_codebooks)
+            for codes_TQ, clip, start, length in zip(codes_BTQ, clips, starts_B, lengths_B, strict=True):
+                assert np.array_equal(codes_TQ[:length], stored[clip][:num_codebooks, start : start + length].T)
+                assert not codes_TQ[length:].any()
 
 
 def test_more_codebooks_than_stored_are_refused(stored):
@@ -55,10 +78,10 @@ def test_shard_with_a_changed_byte_is_refused_by_name(copy, where):
     data[where] ^= 1
     path.write_bytes(data)
     folder = TokenFolder(str(copy), 1.5)
-    assert folder.codes(0).shape == (2, 20), "the other shards can be read"
+    assert folder.whole(np.array([0])).shape == (1, 20, 2), "the other shards can be read"
     for _ in range(2):
         with pytest.raises(DataError, match=f"^{path}: its sha256 is not the one in the manifest"):
-            folder.codes(16)
+            folder.whole(np.array([0, 16]))
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "longer"])
@@ -79,13 +102,112 @@ def test_few_shards_are_open_at_a_time_and_none_is_hashed_twice(stored, monkeypa
     folder = TokenFolder(str(stored[0]), 1.5)
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     for clip in [*range(40), *range(0, 40, 3)]:
-        assert np.array_equal(folder.codes(clip), stored[1][clip][:2])
+        assert np.array_equal(folder.whole(np.array([clip]))[0], stored[1][clip][:2].T)
         assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 2
+    everywhere = np.random.default_rng(0).permutation(40)
+    codes_BTQ = folder.whole(everywhere)
+    assert np.array_equal(codes_BTQ, np.stack([stored[1][clip][:2].T for clip in everywhere]))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 2, "also when one batch needs more shards"
     assert len(hashed) == 5
 
 
+def rewrite(path: Path, change: Callable[[bytearray, dict[str, Any]], None]) -> None:
+    """Change a shard and its index, and let index and manifest say that this is what was committed."""
+    index_path, manifest_path = path.with_suffix(".json"), path.parent / "manifest.json"
+    data, index, manifest = (
+        bytearray(path.read_bytes()),
+        *(json.loads(p.read_text()) for p in (index_path, manifest_path)),
+    )
+    change(data, index)
+    (facts,) = (facts for facts in manifest["shards"] if facts["name"] == path.name)
+    for each in (index, facts):
+        each |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    path.write_bytes(data)
+    index_path.write_text(json.dumps(index))
+    manifest_path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"ECDC", b"ECDX", r"not an \.ecdc stream"),
+        (
+            b"encodec_24khz+abababab",
+            b"encodec_24khz+cdcdcdcd",
+            "written by codec 'encodec_24khz.cdcdcdcd', the manifest",
+        ),
+        (b'"al": 6400', b'"al": 6080', "longer than its header says: "),
+        (b'"al": 6400', b'"al": 6720', "truncated: "),
+        (b'"nc": 4', b'"nc": 5', "truncated: "),
+        (b'"lm": false', b'"lm": true ', "entropy-coded"),
+    ],
+)
+def test_stream_that_is_not_what_its_index_says_is_named_when_its_shard_is_first_read(copy, old, new, reason):
+    path = copy / "tokens-000002.tar"
+
+    def change(data: bytearray, index: dict[str, Any]) -> None:
+        start = index["clips"][3]["offset"]
+        at = data.index(old, start)
+        assert at < start + 100
+        data[at : at + len(old)] = new
+
+    rewrite(path, change)
+    folder = TokenFolder(str(copy), 1.5)
+    assert folder.whole(np.array([0])).shape == (1, 20, 2), "the other shards can be read"
+    for clip in (19, 16):  # the clip itself, and another one of its shard
+        with pytest.raises(TokenError, match=rf"^{path}:clip-0019\.ecdc: .*{reason}"):
+            folder.whole(np.array([clip]))
+
+
+def test_stream_of_the_right_size_with_other_frames_and_codebooks_is_named(copy):
+    def change(data: bytearray, index: dict[str, Any]) -> None:
+        start = index["clips"][3]["offset"]
+        for old, new in ((b'"al": 6400', b'"al": 3200'), (b'"nc": 4', b'"nc": 8')):
+            at = data.index(old, start)
+            data[at : at + len(old)] = new
+
+    rewrite(copy / "tokens-000002.tar", change)
+    where = f"{copy}/tokens-000002.tar:clip-0019.ecdc"
+    with pytest.raises(
+        TokenError, match=f"^{where}: 10 frames of 8 codebooks; its index and the manifest say 20 of 4$"
+    ):
+        TokenFolder(str(copy), 1.5).whole(np.array([16]))
+
+
+def test_index_with_other_frames_than_the_stream_is_named(copy):
+    rewrite(copy / "tokens-000001.tar", lambda data, index: index["clips"][2].update(frames=21))
+    where = f"{copy}/tokens-000001.tar:clip-0010.ecdc"
+    with pytest.raises(
+        TokenError, match=f"^{where}: 20 frames of 4 codebooks; its index and the manifest say 21 of 4$"
+    ):
+        TokenFolder(str(copy), 1.5).whole(np.array([8]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"frames": 100}, {"frames": 0}, {"frames": 10**12}, {"size": 5000}, {"offset": -1}, {"offset": 10**9}]
+)
+def test_index_that_contradicts_itself_is_refused_by_name_before_training(copy, wrong):
+    rewrite(copy / "tokens-000001.tar", lambda data, index: index["clips"][2].update(wrong))
+    with pytest.raises(
+        DataError, match=rf"^{copy}/tokens-000001\.json: clip-0010: .* frames of 4 codebooks cannot be "
+    ):
+        TokenFolder(str(copy), 1.5)
+
+
+def test_a_clip_takes_few_bytes_of_memory(tmp_path):
+    write_token_folder(tmp_path, 4000, frames=1, clips_per_shard=1000)
+    TokenFolder(str(tmp_path), 1.5)  # what is imported or cached at the first use is no clip's
+    tracemalloc.start()
+    folder = TokenFolder(str(tmp_path), 1.5)
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    # 42 bytes of numbers, 9 of the key, and what the folder takes as a whole
+    assert held / len(folder) < 80
+
+
 def keys(folder: TokenFolder, clips: np.ndarray) -> set[str]:
-    return {folder.members[clip][1].key for clip in clips}
+    return {folder.key(clip) for clip in clips}
 
 
 def test_held_out_clips_stay_held_out_when_the_corpus_grows(tmp_path):
@@ -107,7 +229,7 @@ def test_clips_of_one_recording_lie_on_one_side_and_stay_there_when_the_corpus_g
     for name in ("small", "grown"):
         folder = TokenFolder(str(tmp_path / name), 1.5)
         train, valid, _ = split_held_out(folder, 0.3)
-        kept, held = ({folder.members[clip][1].recording for clip in side} for side in (train, valid))
+        kept, held = ({f"recording-{clip // 5:04d}" for clip in side} for side in (train, valid))
         assert kept and held and not kept & held
         sides.append(held)
     assert sides[0] == {recording for recording in sides[1] if recording < "recording-0020"}

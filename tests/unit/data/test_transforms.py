@@ -1,16 +1,23 @@
-"""Crop, chunk drop and masking: exact counts, no place favoured, and nothing drawn from a global generator."""
+"""Crop, chunk drop and masking: exact counts, no place favoured, each clip drawn apart, the same on every device."""
+
+import itertools
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
+from megascale import seeding
 from megascale.data.transforms import (
     DropConfig,
     MaskConfig,
-    draw_crop,
     draw_drop_share,
     draw_kept_frames,
-    draw_mask,
+    draw_masks,
+    draw_starts,
+    removed_frames,
+    valid_frames,
 )
 
 KINDS = ("token", "frame", "span")
@@ -18,6 +25,25 @@ KINDS = ("token", "frame", "span")
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def seeds(num_clips: int, seed: int = 0, epoch: int = 0) -> Tensor:
+    """Seeds of so many clips."""
+    return seeding.clip_seeds(torch.arange(num_clips), seed, "test", epoch)
+
+
+def lengths(*values: int, clips: int = 1) -> np.ndarray:
+    return np.array(values * clips, dtype=np.int64)
+
+
+def masks(num_frames: int, num_codebooks: int, config: MaskConfig, clips: int = 5, seed: int = 0) -> np.ndarray:
+    """masked_BTQ of clips of one length."""
+    return draw_masks(seeds(clips, seed), lengths(num_frames, clips=clips), num_codebooks, config).numpy()
+
+
+def evenly(counts: np.ndarray, num_draws: int, share: float) -> bool:
+    """Whether counts of independent draws are a share of them: five standard deviations of a binomial."""
+    return bool(np.abs(counts - num_draws * share).max() < 5 * (num_draws * share * (1 - share)) ** 0.5)
 
 
 def lengths_of_runs(masked_T: np.ndarray) -> list[int]:
@@ -32,55 +58,73 @@ def lengths_of_runs(masked_T: np.ndarray) -> list[int]:
 )
 @pytest.mark.parametrize("num_codebooks", [1, 2, 16])
 def test_every_codebook_hides_exactly_its_share(kind, num_frames, ratio, count, num_codebooks):
-    for seed in range(5):
-        masked_TQ = draw_mask(num_frames, num_codebooks, MaskConfig(kind=kind, ratio=ratio), rng(seed))
-        assert masked_TQ.shape == (num_frames, num_codebooks)
-        assert masked_TQ.dtype == bool
-        assert masked_TQ.sum(axis=0).tolist() == [count] * num_codebooks
+    masked_BTQ = masks(num_frames, num_codebooks, MaskConfig(kind=kind, ratio=ratio))
+    assert masked_BTQ.shape == (5, num_frames, num_codebooks)
+    assert masked_BTQ.dtype == bool
+    assert (masked_BTQ.sum(axis=1) == count).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_frames", "count"), [(1, 1), (2, 1), (3, 1)])
 def test_the_shortest_clips_hide_one_frame_of_each_codebook(kind, num_frames, count):
-    masked_TQ = draw_mask(num_frames, 4, MaskConfig(kind=kind), rng())
-    assert masked_TQ.sum(axis=0).tolist() == [count] * 4
+    assert (masks(num_frames, 4, MaskConfig(kind=kind)).sum(axis=1) == count).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_of_several_lengths_are_masked_as_each_would_be_alone(kind):
+    config, lengths_B = MaskConfig(kind=kind, span_frames=7), lengths(40, 3, 75, 1, 40)
+    together_BTQ = draw_masks(seeds(5), lengths_B, 2, config)
+    assert together_BTQ.shape == (5, 75, 2)
+    for clip, length in enumerate(lengths_B):
+        alone_BTQ = draw_masks(seeds(5)[clip : clip + 1], lengths_B[clip : clip + 1], 2, config)
+        assert torch.equal(together_BTQ[clip, :length], alone_BTQ[0])
+        assert not together_BTQ[clip, length:].any(), "padding is never hidden"
 
 
 def test_token_masks_differ_between_codebooks_and_the_other_kinds_hide_whole_frames():
-    masked_TQ = draw_mask(75, 8, MaskConfig(kind="token"), rng())
+    masked_TQ = masks(75, 8, MaskConfig(kind="token"), clips=1)[0]
     assert len({tuple(masked_T) for masked_T in masked_TQ.T}) == 8
     for kind in ("frame", "span"):
-        masked_TQ = draw_mask(75, 8, MaskConfig(kind=kind), rng())
+        masked_TQ = masks(75, 8, MaskConfig(kind=kind), clips=1)[0]
         assert (masked_TQ == masked_TQ[:, :1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_frame_is_hidden_more_often_than_another(kind):
-    num_draws, num_frames = 4000, 40
-    config = MaskConfig(kind=kind, span_frames=5)
-    generator = rng(1)
-    hidden_TQ = sum(draw_mask(num_frames, 2, config, generator).astype(int) for _ in range(num_draws))
-    # each count is binomial, p = 1/4: five standard deviations are 137, and 80 counts pass them with p < 5e-5
-    allowed = 5 * (num_draws * 0.25 * 0.75) ** 0.5
-    assert np.abs(hidden_TQ - num_draws * 0.25).max() < allowed
+    hidden_TQ = masks(40, 2, MaskConfig(kind=kind, span_frames=5), clips=4000).sum(axis=0)
+    assert evenly(hidden_TQ, 4000, 0.25)  # 80 counts pass five deviations with p < 5e-5
 
 
-def test_codebooks_of_a_token_mask_are_drawn_apart():
-    generator = rng(2)
-    both = np.mean([draw_mask(40, 2, MaskConfig(), generator).all(axis=1).sum() for _ in range(1000)])
-    # 10 of 40 twice: 2.5 frames in common on average, standard deviation 1.2 / sqrt(1000) = 0.04
-    assert abs(both - 2.5) < 0.2
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_codebooks_clips_epochs_and_seeds_are_drawn_apart(kind):
+    """Of two masks that each hide 10 of 40 frames, 2.5 frames are common on average, with a deviation of 1.2."""
+    config, lengths_B = MaskConfig(kind=kind, span_frames=1), lengths(40, clips=2000)
+    first, other_epoch, other_seed = (
+        draw_masks(seeds(2000, seed, epoch), lengths_B, 2, config) for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    )
+    pairs = [(first, other_epoch), (first, other_seed), (first, first.roll(1, dims=0))]
+    if kind == "token":
+        pairs.append((first, first.roll(1, dims=2)))
+    for a, b in pairs:
+        common = (a & b)[..., 0].sum(dim=1).double().mean()
+        assert abs(common - 2.5) < 5 * 1.2 / 2000**0.5
+
+
+def test_token_masks_of_two_codebooks_meet_at_every_pair_of_frames_alike():
+    masked_BTQ = masks(8, 2, MaskConfig(ratio=0.25), clips=8000).astype(np.int64)
+    both_TT = masked_BTQ[..., 0].T @ masked_BTQ[..., 1]  # how often frame t of one and frame u of the other are hidden
+    assert evenly(both_TT, 8000, 1 / 16)
 
 
 def test_span_hides_runs():
-    for seed in range(20):
-        runs = lengths_of_runs(draw_mask(750, 1, MaskConfig(kind="span", span_frames=10), rng(seed))[:, 0])
+    for masked_T in masks(750, 1, MaskConfig(kind="span", span_frames=10), clips=20)[..., 0]:
+        runs = lengths_of_runs(masked_T)
         # 188 frames in runs of 10: 19 if none touch; one is cut to 8, one may be cut in two by the clip's ends, and a
         # run that begins inside another makes one longer run of both
         assert sum(runs) == 188
         assert len(runs) <= 21
         assert sum(run < 10 for run in runs) <= 3
-    scattered = lengths_of_runs(draw_mask(750, 1, MaskConfig(kind="frame"), rng())[:, 0])
+    scattered = lengths_of_runs(masks(750, 1, MaskConfig(kind="frame"), clips=1)[0, :, 0])
     assert len(scattered) > 100
 
 
@@ -88,12 +132,17 @@ def test_span_hides_runs():
 def test_span_of_any_length_hides_the_exact_count(span_frames):
     for num_frames in (1, 2, 3, 40):
         config = MaskConfig(kind="span", span_frames=span_frames, ratio=0.5)
-        assert draw_mask(num_frames, 1, config, rng()).sum() == max(1, round(num_frames / 2))
+        assert (masks(num_frames, 1, config).sum(axis=1) == max(1, round(num_frames / 2))).all()
+
+
+def kept(num_frames: int, share: float, clips: int = 50) -> np.ndarray:
+    """kept_BT of clips of one length."""
+    lengths_B = lengths(num_frames, clips=clips)
+    return draw_kept_frames(seeds(clips), lengths_B, removed_frames(lengths_B, share)).numpy()
 
 
 def test_drop_removes_one_run_of_the_share_asked_for():
-    for seed in range(50):
-        kept_T = draw_kept_frames(100, 0.2, rng(seed))
+    for kept_T in kept(100, 0.2):
         assert kept_T.dtype == np.int64
         dropped_T = np.setdiff1d(np.arange(100), kept_T)
         assert len(kept_T) == 80
@@ -101,22 +150,38 @@ def test_drop_removes_one_run_of_the_share_asked_for():
         assert np.array_equal(dropped_T, np.arange(dropped_T[0], dropped_T[0] + 20))
 
 
-def test_drop_may_take_the_first_and_the_last_frames_and_any_between():
-    starts = {int(np.setdiff1d(np.arange(10), draw_kept_frames(10, 0.3, rng(seed)))[0]) for seed in range(300)}
-    # eight starts, each missed by 300 draws with p = 4e-18
-    assert starts == set(range(8))
+def test_drop_takes_the_first_the_last_and_any_frames_between_alike():
+    starts_B = [int(np.setdiff1d(np.arange(10), kept_T)[0]) for kept_T in kept(10, 0.3, clips=4000)]
+    assert evenly(np.bincount(starts_B, minlength=8), 4000, 1 / 8)
+    assert len(set(starts_B)) == 8
 
 
 def test_no_share_drops_nothing():
-    assert np.array_equal(draw_kept_frames(75, 0.0, rng()), np.arange(75))
+    assert np.array_equal(kept(75, 0.0), np.tile(np.arange(75), (50, 1)))
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "share", "kept"), [(1, 0.3, 1), (2, 0.3, 1), (3, 0.3, 2), (1, 0.99, 1), (2, 0.99, 1)]
+    ("num_frames", "share", "left"), [(1, 0.3, 1), (2, 0.3, 1), (3, 0.3, 2), (1, 0.99, 1), (2, 0.99, 1)]
 )
-def test_drop_leaves_at_least_one_frame(num_frames, share, kept):
-    for seed in range(10):
-        assert len(draw_kept_frames(num_frames, share, rng(seed))) == kept
+def test_drop_leaves_at_least_one_frame(num_frames, share, left):
+    assert kept(num_frames, share).shape == (50, left)
+
+
+def test_clips_of_several_lengths_lose_their_share_each_and_are_padded_with_zeros():
+    lengths_B = lengths(40, 10, 1)
+    removed_B = removed_frames(lengths_B, 0.3)
+    assert removed_B.tolist() == [12, 3, 0]
+    kept_BT = draw_kept_frames(seeds(3), lengths_B, removed_B)
+    assert kept_BT.shape == (3, 28)
+    for clip, left in enumerate((28, 7, 1)):
+        alone_BT = draw_kept_frames(seeds(3)[clip : clip + 1], lengths_B[clip : clip + 1], removed_B[clip : clip + 1])
+        assert torch.equal(kept_BT[clip, :left], alone_BT[0])
+        assert not kept_BT[clip, left:].any()
+
+
+def test_frames_of_clips_of_one_length_are_all_valid_and_need_no_mask():
+    assert valid_frames(lengths(5, 5), torch.device("cpu")) is None
+    assert valid_frames(lengths(1, 3), torch.device("cpu")).tolist() == [[True, False, False], [True, True, True]]
 
 
 def test_drop_share_lies_in_its_bounds_as_often_as_p_says():
@@ -155,26 +220,53 @@ def test_impossible_masks_are_refused(changes):
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 75])
-def test_crop_of_a_clip_no_longer_than_asked_is_the_whole_clip(num_frames):
-    for crop_frames in (num_frames, num_frames + 1, 750):
-        assert draw_crop(num_frames, crop_frames, rng()) == slice(0, num_frames)
+def test_part_that_is_the_whole_clip_begins_at_its_start(num_frames):
+    assert not draw_starts(seeds(50), lengths(num_frames, clips=50), lengths(num_frames, clips=50)).any()
 
 
-def test_crop_reaches_every_stretch_and_never_past_the_ends():
-    crops = [draw_crop(12, 10, rng(seed)) for seed in range(100)]
-    assert {(crop.start, crop.stop) for crop in crops} == {(0, 10), (1, 11), (2, 12)}
+def test_crops_begin_at_every_place_alike_and_each_clips_apart_from_its_neighbours():
+    starts_B = draw_starts(seeds(8000), lengths(12, clips=8000), lengths(9, clips=8000)).numpy()
+    assert set(starts_B) == {0, 1, 2, 3}
+    assert evenly(np.bincount(starts_B), 8000, 1 / 4)
+    pairs = np.bincount(4 * starts_B[::2] + starts_B[1::2])
+    assert evenly(pairs, 4000, 1 / 16)
+
+
+def test_draws_for_different_purposes_are_unrelated():
+    lengths_B = lengths(4, clips=8000)
+    drawn = [
+        draw_starts(seeding.clip_seeds(torch.arange(8000), 0, *ids), lengths_B, lengths_B - 3).numpy()
+        for ids in (("crop", 0), ("drop", 0), ("crop", 1))
+    ]
+    for a, b in itertools.combinations(drawn, 2):
+        assert evenly(np.bincount(4 * a + b, minlength=16), 8000, 1 / 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_depend_on_their_generator_alone(kind):
-    def draws(seed: int) -> list[np.ndarray]:
-        generator = rng(seed)
-        share = draw_drop_share(DropConfig(p=1), generator)
-        kept_T = draw_kept_frames(75, share, generator)
-        return [np.array(share), kept_T, draw_mask(75, 2, MaskConfig(kind=kind), generator)]
+def test_draws_depend_on_their_seeds_alone(kind):
+    def draws(seed: int) -> list[Tensor]:
+        lengths_B = lengths(75, 60, 75)
+        kept_BT = draw_kept_frames(seeds(3, seed), lengths_B, removed_frames(lengths_B, 0.2))
+        return [kept_BT, draw_masks(seeds(3, seed), lengths_B, 2, MaskConfig(kind=kind))]
 
-    np.random.seed(1)
+    torch.manual_seed(1)
     first = draws(3)
-    np.random.seed(2)
-    assert all(np.array_equal(a, b) for a, b in zip(first, draws(3), strict=True))
-    assert not any(np.array_equal(a, b) for a, b in zip(first, draws(4), strict=True))
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, draws(3), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, draws(4), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths_B", [lengths(75, 75, 75), lengths(75, 60, 3)])
+def test_a_gpu_draws_the_same_bits(kind, lengths_B):
+    removed_B, config = removed_frames(lengths_B, 0.2), MaskConfig(kind=kind)
+    here, there = (
+        [
+            draw_starts(seeds_B, lengths_B, lengths_B - removed_B),
+            draw_kept_frames(seeds_B, lengths_B, removed_B),
+            draw_masks(seeds_B, lengths_B, 2, config),
+        ]
+        for seeds_B in (seeds(3), seeding.clip_seeds(torch.arange(3, device="cuda"), 0, "test", 0))
+    )
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))

@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
-from megascale.data.transforms import DropConfig, MaskConfig, draw_drop_share, draw_kept_frames, draw_mask
+from megascale.data.transforms import DropConfig, MaskConfig, draw_drop_share, draw_masks, removed_frames
 from megascale.model.config import ModelConfig
 from megascale.model.cost import Work, activation_bytes, training_flops
+from megascale.seeding import clip_seeds
 from megascale.tasks.plan import Plan, clip_work, cost_lines, mean_flops
 from megascale.train.memory import state_bytes
 
@@ -27,8 +29,8 @@ def plan(**changes: object) -> Plan:
 @pytest.mark.parametrize("kind", ["token", "frame", "span"])
 @pytest.mark.parametrize("num_codebooks", [2, 16])
 def test_work_of_a_clip_is_that_of_drawn_masks_in_the_mean(kind, num_codebooks):
-    mask, rng = MaskConfig(kind=kind), np.random.default_rng(0)
-    drawn = [draw_mask(50, num_codebooks, mask, rng) for _ in range(300)]
+    mask, seeds_B = MaskConfig(kind=kind), clip_seeds(torch.arange(300), 0, "test")
+    drawn = draw_masks(seeds_B, np.full(300, 50), num_codebooks, mask).numpy()
     work = clip_work(50, num_codebooks, mask)
     assert {int(masked_TQ.sum()) for masked_TQ in drawn} == {work.masked_tokens}
     held = [masked_TQ.any(axis=1).sum() for masked_TQ in drawn]
@@ -43,7 +45,7 @@ def test_operations_of_a_clip_are_those_of_drawn_drops_in_the_mean(drop):
     planned, rng = plan(drop=drop), np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
-        frames = len(draw_kept_frames(60, draw_drop_share(drop, rng), rng))
+        frames = 60 - int(removed_frames(np.array([60]), draw_drop_share(drop, rng))[0])
         drawn.append(training_flops(SMALL, 2, clip_work(frames, 2, MaskConfig())))
     # five standard errors of a mean of 2000; one in a million for a share that is fixed, where only sums are rounded
     error = 5 * np.std(drawn) / math.sqrt(2000) + 1e-6 * np.mean(drawn)
