@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize bench-load lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-load bench-scale lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec packag
 bench-load: $(INSTALLED) ## clips loaded per core-second beside plain webdataset, streaming and from memory (5 minutes)
 	$(PY) -m pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
 	$(PY) launch/bench.py load $(ARGS)
+
+bench-scale: $(INSTALLED) ## pretraining on one rank and on two, and on 1 to 1,024 GPUs on paper (8 minutes)
+	$(PY) launch/bench.py scale $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .

@@ -11,21 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megascale import seeding, storage
+from megascale import seeding
 from megascale.bench import measure
+from megascale.bench.corpus import write_tokens
 from megascale.data.folder import TokenFolder, split_held_out
-from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
 from megascale.data.loader import DataConfig, PretrainBatches
 from megascale.data.order import Order, default_streams
 from megascale.data.resident import ResidentTokens
 from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.log import say
-from megascale.tokenize.clips import Clip
-from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
-from megascale.tokens import FRAMES_PER_SECOND, KBPS_PER_CODEBOOK, SAMPLES_PER_FRAME, model_name
+from megascale.tokens import FRAMES_PER_SECOND, KBPS_PER_CODEBOOK
 
 CODEBOOKS = (2, 16)
-_FINGERPRINT = "0" * 64  # of no codec: codes are random, which is as slow as any
 
 THINGS = {
     "webdataset .npy": "WebDataset(tars), np.load of each member, batched: int16 in the order of the tar, not cropped",
@@ -91,35 +88,13 @@ def _write(folder: Path, num_codebooks: int, sizes: Sizes) -> None:
     """Write the same clips as a token folder and as tars of `.npy`."""
     import webdataset  # of the extra `bench`; other benchmarks do without
 
-    rng = seeding.generator(0, "bench load", num_codebooks)
-    clips = [
-        Clip(f"clip-{i:08d}-0123456789ab", "", f"{i:08d}.wav", f"recording-{i:08d}", 0.0, None, {}, None)
-        for i in range(sizes.clips)
-    ]
-    name, shards = model_name(_FINGERPRINT, published=False), []
-    for plan in plan_shards(clips, sizes.clips_per_shard):
-        made = rng.integers(0, 1024, (len(plan.clips), num_codebooks, sizes.stored_frames), dtype=np.int16)
-        samples = sizes.stored_frames * SAMPLES_PER_FRAME
-        encoded = [EncodedClip(clip, codes_QT, samples) for clip, codes_QT in zip(plan.clips, made, strict=True)]
-        data, index = build_shard(plan, encoded, [], name, _FINGERPRINT)
-        publish_shard(str(folder), data, index)
-        shards.append(ShardFacts(name=index.shard, clips=len(index.clips), sha256=index.sha256, size=index.size))
-        with webdataset.TarWriter(str(folder / f"npy-{plan.number:06d}.tar"), encoder=False) as tar:
-            for clip, codes_QT in zip(plan.clips, made, strict=True):
+    clips = write_tokens(folder, num_codebooks, sizes.clips, sizes.stored_frames, sizes.clips_per_shard)
+    for first in range(0, len(clips), sizes.clips_per_shard):
+        with webdataset.TarWriter(str(folder / f"npy-{first:08d}.tar"), encoder=False) as tar:
+            for key, codes_QT in clips[first : first + sizes.clips_per_shard]:
                 array = io.BytesIO()
                 np.save(array, np.ascontiguousarray(codes_QT.T[: sizes.frames]))
-                tar.write({"__key__": clip.key, "npy": array.getvalue()})
-    manifest = Manifest(
-        codec=CodecFacts(name=name, fingerprint=_FINGERPRINT, origin="random codes", num_codebooks=num_codebooks),
-        source={},
-        cut={},
-        environment={},
-        shards=shards,
-        num_clips=sizes.clips,
-        num_quarantined=0,
-        seconds=sizes.clips * sizes.stored_frames / FRAMES_PER_SECOND,
-    )
-    storage.publish_bytes(str(folder / MANIFEST), manifest.model_dump_json().encode())
+                tar.write({"__key__": key, "npy": array.getvalue()})
 
 
 def _things(place: Path, num_codebooks: int, sizes: Sizes) -> dict[str, tuple[Callable[[], float], Callable[[], None]]]:
