@@ -160,6 +160,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=self.settings)
         self.device = self._engine.device
         self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        self.on_part: Callable[[str], None] = lambda part: None  # told at the end of each part of a step, for timing
         self._ema_decay = ema_decay
         self._ema = self._copies() if ema_decay is not None else []
 
@@ -189,12 +190,15 @@ class Engine:
             inputs = {name: value for name, value in batch.items() if not name.startswith("targets_")}
             loss, report = loss_fn(self._engine(**inputs), batch)
             losses.append(loss.detach())
+            self.on_part("forward")
             # a loss that is not finite makes every gradient NaN, so that the norm tells of it, on all ranks
             self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
+            self.on_part("backward")
             if len(losses) == self._accumulation:
                 grad_norm = self._update(losses)
             else:
                 self._engine.step()
+            self.on_part("optimizer")
             for name, value in report.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         # one value per update: dividing by `updates` gives its mean
