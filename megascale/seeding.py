@@ -48,8 +48,11 @@ def clip_seeds(hashes_B: Tensor, seed: int, purpose: str, *ids: int | str) -> Te
 
 
 def random_bits(seeds: Tensor, numbers: Tensor, count: int) -> Tensor:
-    """Return the `numbers`-th draw of each seed (int64 from 0 on; broadcast), uniform in 0 .. 2^count - 1, int64."""
-    return _shifted(_mix(seeds + (numbers + 1) * _GOLDEN), 64 - count)
+    """Return the `numbers`-th draw of each seed (int64 from 0 on; broadcast): int64 of so many random bits.
+
+    Uniform in 0 .. 2^count - 1; of 64 bits, the first is the sign."""
+    words = _mix(seeds + (numbers + 1) * _GOLDEN)
+    return words if count == 64 else _shifted(words, 64 - count)
 
 
 def integers_below(seeds: Tensor, bounds: Tensor) -> Tensor:

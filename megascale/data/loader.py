@@ -173,7 +173,7 @@ def make_batch(
     codes_BTQ = source.take(clips_B, transforms.draw_starts(crop_seed_B, whole_B, crop_B), crop_B, kept_BT)
     valid_BT = transforms.valid_frames(crop_B - removed_B, source.device)
     if close_gap:
-        kept_BT = torch.arange(kept_BT.shape[1], device=source.device).expand(len(clips_B), -1)
+        kept_BT = torch.arange(kept_BT.shape[1], device=source.device).repeat(len(clips_B), 1)
     batch = {
         "codes_BTQ": codes_BTQ,
         "positions_BT": kept_BT,

@@ -16,6 +16,7 @@ from megascale.config import Section
 
 _FRAME_BITS = 20  # of the keys that frames are ordered by: clips have up to a million frames, nearly four hours
 _NEVER = (1 << 63) - 1
+_KEYS_AT_ONCE = 1 << 18
 
 
 class MaskConfig(Section):
@@ -65,7 +66,7 @@ def draw_kept_frames(seeds_B: Tensor, lengths_B: np.ndarray, removed_B: np.ndarr
     left_B = lengths_B - removed_B
     frame_T = torch.arange(int(left_B.max()), device=seeds_B.device)
     if not removed_B.any():
-        kept_BT = frame_T.expand(len(lengths_B), -1)
+        kept_BT = frame_T.repeat(len(lengths_B), 1)
     else:
         gap_B1 = draw_starts(seeds_B, lengths_B, removed_B)[:, None]
         kept_BT = frame_T + (frame_T >= gap_B1) * on_device(removed_B, seeds_B.device)[:, None]
@@ -91,19 +92,30 @@ def draw_masks(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, confi
     assert longest < 1 << _FRAME_BITS, "longer clips have no room in the keys"
     drawn = num_codebooks if config.kind == "token" else 1
     frame_T = torch.arange(longest, device=device)
-    number_QT = torch.arange(drawn, device=device)[:, None] * (1 << _FRAME_BITS) + frame_T
-    if config.kind == "span":
-        keys_BQT = _span_keys(seeds_B, lengths_B, frame_T, config.span_frames)[:, None]
-    else:
-        # the frame in the last bits keeps keys apart, so that exactly `count` are the smallest
-        keys_BQT = seeding.random_bits(seeds_B[:, None, None], number_QT, 63 - _FRAME_BITS)
-        keys_BQT = keys_BQT.bitwise_left_shift_(_FRAME_BITS).bitwise_or_(frame_T)
     valid_BT = valid_frames(lengths_B, device)
-    if valid_BT is not None:
-        keys_BQT = keys_BQT.masked_fill(~valid_BT[:, None], _NEVER)
-    counts_B = np.maximum(1, np.rint(config.ratio * lengths_B).astype(np.int64))
-    masked_BQT = keys_BQT <= _nth_smallest(keys_BQT, counts_B)
-    return masked_BQT.transpose(1, 2).expand(-1, -1, num_codebooks).contiguous()
+    masked_BTQ = torch.empty(len(lengths_B), longest, num_codebooks, dtype=torch.bool, device=device)
+    # a CPU goes through a few clips at a time, whose keys stay in its cache
+    at_once = max(1, _KEYS_AT_ONCE // (drawn * longest)) if device.type == "cpu" else len(lengths_B)
+    for first in range(0, len(lengths_B), at_once):
+        own = slice(first, first + at_once)
+        keys_BQT = _keys(seeds_B[own], lengths_B[own], frame_T, drawn, config)
+        if valid_BT is not None:
+            keys_BQT.masked_fill_(~valid_BT[own, None], _NEVER)
+        counts_B = np.maximum(1, np.rint(config.ratio * lengths_B[own]).astype(np.int64))
+        masked_BTQ[own] = (keys_BQT <= _nth_smallest(keys_BQT, counts_B)).transpose(1, 2)
+    return masked_BTQ
+
+
+def _keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, num_codebooks: int, config: MaskConfig) -> Tensor:
+    """Return keys_BQT, int64: of each clip and codebook those frames are hidden whose keys are the smallest.
+
+    The frame in the last bits keeps keys apart, so that exactly as many as asked for are the smallest.
+    """
+    if config.kind == "span":
+        return _span_keys(seeds_B, lengths_B, frame_T, config.span_frames)[:, None]
+    number_QT = torch.arange(num_codebooks, device=frame_T.device)[:, None] * (1 << _FRAME_BITS) + frame_T
+    keys_BQT = seeding.random_bits(seeds_B[:, None, None], number_QT, 64)
+    return keys_BQT.bitwise_and_(-(1 << _FRAME_BITS)).bitwise_or_(frame_T)
 
 
 def _span_keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, span: int) -> Tensor:
@@ -113,7 +125,7 @@ def _span_keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, span: in
     be. A run that passes the end goes on at the start: else the first frames, which few runs reach, are rarely chosen.
     """
     length_B1 = on_device(lengths_B, seeds_B.device)[:, None]
-    run_BT = seeding.random_bits(seeds_B[:, None], frame_T, 63 - 2 * _FRAME_BITS).bitwise_left_shift_(_FRAME_BITS)
+    run_BT = seeding.random_bits(seeds_B[:, None], frame_T, 64 - 2 * _FRAME_BITS).bitwise_left_shift_(_FRAME_BITS)
     run_BT = run_BT.bitwise_or_(frame_T).bitwise_left_shift_(_FRAME_BITS)
     keys_BT = run_BT
     for place in range(1, min(span, len(frame_T))):

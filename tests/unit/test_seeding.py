@@ -105,6 +105,9 @@ def test_draws_of_many_are_splitmix64():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     drawn = seeding.random_bits(torch.tensor(1234567), torch.arange(3), 63)
     assert drawn.tolist() == [word >> 1 for word in expected]
+    assert [
+        word % 2**64 for word in seeding.random_bits(torch.tensor(1234567), torch.arange(3), 64).tolist()
+    ] == expected
 
 
 @pytest.mark.parametrize("count", [1, 23, 31, 43, 63])

@@ -119,6 +119,42 @@ def test_disk_never_holds_more_than_the_bound_and_nothing_is_read_wrong(
     assert max(seen) <= most
 
 
+@pytest.mark.parametrize("bound", [0.5, 1, 3])
+def test_many_stretches_of_many_shards_are_read_at_once_though_few_shards_fit(
+    open_cache, stored, shards, tmp_path, bound
+):
+    """Two readers take each other's shards away, and threads fetch ahead."""
+    store, data = open_cache(bound), [(stored / facts.name).read_bytes() for facts in shards]
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(8):
+            numbers, sizes = rng.integers(0, NUM_SHARDS, 40).tolist(), rng.integers(1, 200, 40).tolist()
+            offsets = [int(rng.integers(0, shards[0].size - size)) for size in sizes]
+            store.want(rng.permutation(NUM_SHARDS).tolist(), ("sweep", "steps")[seed % 2])
+            pieces = store.read_many(numbers, offsets, sizes)
+            expected = [data[n][at : at + size] for n, at, size in zip(numbers, offsets, sizes, strict=True)]
+            assert pieces == expected
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(2)))
+    assert bytes_in(tmp_path / "cache") <= max(1, int(bound)) * shards[0].size
+
+
+@pytest.mark.parametrize("most_mapped", [1, NUM_SHARDS])
+def test_what_was_read_of_a_local_folder_stays_when_its_shards_are_unmapped(stored, monkeypatch, most_mapped):
+    monkeypatch.setattr(cache, "_MAX_MAPPED", most_mapped)
+    shards = read_manifest(str(stored)).shards
+    store = cache.LocalShards(str(stored), shards)
+    numbers = [5, 0, 3, 0, 5]
+    pieces = store.read_many(numbers, [512] * 5, [300] * 5)
+    store.close()
+    assert [bytes(p) for p in pieces] == [(stored / shards[n].name).read_bytes()[512:812] for n in numbers]
+    assert bytes(store.read_many([1], [0], [10])[0]) == (stored / shards[1].name).read_bytes()[:10], (
+        "and is mapped again"
+    )
+
+
 def test_room_is_made_by_the_least_recently_used_and_its_disk_is_free_at_once(open_cache, stored, shards, tmp_path):
     store, folder = open_cache(3), tmp_path / "cache"
     for number in (0, 1, 2, 0, 3):
