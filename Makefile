@@ -11,8 +11,10 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The extra `bench`, without what the peers ask for besides: it is here already, or not needed.
+PEERS := transformers tokenizers megabyte-pytorch beartype
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +42,10 @@ chaos: $(INSTALLED) ## kill workers and drivers, spoil S3, fill the disk; prints
 
 bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec package and the limit of its arithmetic (10 minutes)
 	$(PY) launch/bench.py tokenize $(ARGS)
+
+bench-train: $(INSTALLED) ## a training step beside a flat Transformer, ModernBERT and MEGABYTE (an hour)
+	$(PY) -m pip install --quiet --progress-bar off --no-deps -c constraints.txt $(PEERS)
+	$(PY) launch/bench.py train $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Benchmarks.
 
-python launch/bench.py NAME [--rounds N]; NAME is one of: tokenize.
+python launch/bench.py NAME [--rounds N]; NAME is one of: tokenize, train.
 """
 
 import argparse
@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megascale.bench import tokenize
+from megascale.bench import tokenize, train
 
-BENCHMARKS = {"tokenize": tokenize.run}
+BENCHMARKS = {"tokenize": tokenize.run, "train": train.run}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ratios measured side by side in one run; writes runs/bench/NAME.json")

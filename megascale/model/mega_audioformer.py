@@ -135,7 +135,10 @@ class MegaAudioFormer(nn.Module):
         self, codes_BTQ: Tensor, masked_BTQ: Tensor, positions_BT: Tensor, valid_BT: Tensor | None = None
     ) -> MaskedTokenOutput:
         """Predict the masked tokens. Each clip must hide equally many tokens of every codebook, at least one."""
-        x_BTD = self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT)
+        return self.predict(self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT), codes_BTQ, masked_BTQ)
+
+    def predict(self, x_BTD: Tensor, codes_BTQ: Tensor, masked_BTQ: Tensor) -> MaskedTokenOutput:
+        """Do what comes after the global encoder, whose output x_BTD is."""
         num_frames, num_codebooks = codes_BTQ.shape[1:]
         # frames without a masked token have no loss, and frames don't see each other in the local encoder
         frame_P = masked_BTQ.any(dim=-1).flatten().nonzero()[:, 0]
