@@ -53,15 +53,16 @@ def run(rounds: int, plan: Plan | None = None) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        table = [_measure(plan, q, t, [OURS, PLAIN, FLAT, *peers], rounds) for q, t in plan.table]
+        table = []
+        for num_codebooks, num_frames in plan.table:
+            table.append(_measure(plan, num_codebooks, num_frames, [OURS, PLAIN, FLAT, *peers], rounds))
+            _print(table[-1])  # the plots take as long again
         few = [OURS, FLAT, *(name for name in peers if name in (MODERNBERT, MEGABYTE))]
         fewer_rounds = max(1, rounds // 2)
         by_length = [_measure(plan, plan.table[0][0], t, few, fewer_rounds) for t in plan.lengths]
         by_codebooks = [_measure(plan, q, plan.codebooks_frames, few, fewer_rounds) for q in plan.codebooks]
     finally:
         torch.set_num_threads(threads)
-    for facts in table:
-        _print(facts)
     versions = [*_VERSIONS, *(_PEER_VERSIONS[name] for name in rivals.PEERS if set(rivals.PEERS[name]) & set(peers))]
     facts = {"rounds": rounds, "model": plan.model.model_dump(), "batch": plan.batch, "table": table}
     facts |= {"by_length": by_length, "by_codebooks": by_codebooks, "plot_rounds": fewer_rounds}

@@ -202,8 +202,10 @@ def test_recomputation_changes_no_gradient_and_keeps_less():
 
 
 @pytest.mark.slow  # a C++ compiler at work
-def test_compiled_blocks_give_the_same_gradients_under_the_same_names():
-    plain, compiled, batch = build(), build(), draw_batch(lengths=(40,) * 4)
+@pytest.mark.parametrize("num_codebooks", [2, 16])
+def test_compiled_blocks_give_the_same_gradients_under_the_same_names(num_codebooks):
+    plain, compiled = build(num_codebooks), build(num_codebooks)
+    batch = draw_batch(num_codebooks, lengths=(40,) * 4)
     prepare_training(compiled, recompute=False, compile=True)
     ours, theirs = gradients(compiled, batch), gradients(plain, batch)
     assert ours.keys() == theirs.keys()
