@@ -13,8 +13,10 @@ PY := $(VENV)/bin/python
 # one process a core, up to four: more would meet the time limits of tests that start two ranks or a cluster themselves
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
+# The extra `bench`, without what the peers ask for besides: it is here already, or not needed.
+PEERS := transformers tokenizers megabyte-pytorch beartype
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize bench-load bench-scale lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train bench-load bench-scale bench-gpu lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,11 +46,17 @@ bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec packag
 	$(PY) launch/bench.py tokenize $(ARGS)
 
 bench-load: $(INSTALLED) ## clips loaded per core-second beside plain webdataset, streaming and from memory (5 minutes)
-	$(PY) -m pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
 	$(PY) launch/bench.py load $(ARGS)
 
 bench-scale: $(INSTALLED) ## pretraining on one rank and on two, and on 1 to 1,024 GPUs on paper (8 minutes)
 	$(PY) launch/bench.py scale $(ARGS)
+
+bench-gpu: $(INSTALLED) ## what one GPU trains and tokenises a second, and where a step's time goes
+	$(PY) launch/bench.py gpu $(ARGS)
+
+bench-train: $(INSTALLED) ## a training step beside a flat Transformer, ModernBERT and MEGABYTE (an hour)
+	$(PY) -m pip install --quiet --progress-bar off --no-deps -c constraints.txt $(PEERS)
+	$(PY) launch/bench.py train $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .

@@ -30,16 +30,19 @@ def forward_flops(config: ModelConfig, num_codebooks: int, work: Work) -> float:
     frame = width * width + config.layers * _block(width, config.mlp_width)
     # every query is held against every key, and every value is weighed: D multiplications each
     frame_pair = config.layers * 2 * width
+    local_block = _block(local_width, config.local_mlp_width)
+    keys_values = 2 * local_width**2  # all that the last block computes for tokens that are not masked
     local_frame = (
         width * local_width  # Q slots of D/Q
-        + config.local_layers * num_codebooks * _block(local_width, config.local_mlp_width)
+        + num_codebooks * ((config.local_layers - 1) * local_block + keys_values)
         + config.local_layers * 2 * local_width * num_codebooks**2
     )
+    masked_token = local_block - keys_values + local_width * CODEBOOK_SIZE
     return 2 * (
         work.frames * frame
         + work.frame_pairs * frame_pair
         + work.local_frames * local_frame
-        + work.masked_tokens * local_width * CODEBOOK_SIZE
+        + work.masked_tokens * masked_token
     )
 
 
@@ -58,8 +61,10 @@ def activation_bytes(
     """Estimate the bytes that forward keeps for backward, and the logits with their gradient.
 
     A block keeps, per position, 8 D + 4 x its MLP width: both norms' inputs and outputs, q, k, v, attention's output;
-    gate, up, silu(gate), and their product. Scores are taken not to be kept (flash attention), norms to be fused. What
-    the allocator and kernels need besides is not in it.
+    gate, up, silu(gate), and their product. The local encoder's last block keeps 6 L per token, and 4 L + 4 x its MLP
+    width per masked token. Scores are taken not to be kept (flash attention), norms to be fused; between two codebooks
+    attention keeps differences of keys and values, L less per token and layer. What the allocator and kernels need
+    besides is not in it.
 
     Args:
         config: the model's shape.
@@ -72,9 +77,14 @@ def activation_bytes(
     block = _kept(config.width, config.mlp_width)
     blocks = config.layers * config.width + block if recompute else config.layers * block
     frame = blocks + 2 * config.width  # the patch and the last norm's input
-    local_token = config.local_layers * _kept(config.local_width, config.local_mlp_width) + config.local_width
+    local_width = config.local_width
+    local_block = _kept(local_width, config.local_mlp_width)
+    local_token = (config.local_layers - 1) * local_block + 6 * local_width
+    if num_codebooks == 2:
+        local_token -= config.local_layers * local_width
+    masked_token = local_block - 4 * local_width + 2 * local_width  # beside the block: the last norm's input and output
     local_frame = num_codebooks * local_token + config.width
-    elements = work.frames * frame + work.local_frames * local_frame + work.masked_tokens * config.local_width
+    elements = work.frames * frame + work.local_frames * local_frame + work.masked_tokens * masked_token
     # per masked token: logits, their log-softmax in fp32, and its gradient
     return element_bytes * elements + work.masked_tokens * CODEBOOK_SIZE * (element_bytes + 4 + 4)
 

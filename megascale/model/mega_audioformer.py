@@ -1,7 +1,7 @@
 """Mega-AudioFormer: a global encoder over frames, a local encoder inside each frame, a linear classifier.
 
 B batch, T frames, Q codebooks, V codebook size, D width of the global encoder, L width of the local encoder,
-S slot width D/Q, M masked tokens per codebook in the batch, P frames that hold a masked token, C classes.
+S slot width D/Q, P frames that hold a masked token, A masked tokens of the batch, M = A/Q of each codebook, C classes.
 
 codes_BTQ int64 in 0..V-1; masked_BTQ bool, True = predict (the code there is never looked at); positions_BT int64, each
 frame's place in its clip, with a gap where a chunk was dropped; valid_BT bool, True = a real frame, False = padding.
@@ -98,13 +98,13 @@ class LocalEncoder(nn.Module):
         self.norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.heads_QVL = nn.Parameter(torch.empty(num_codebooks, CODEBOOK_SIZE, width))
 
-    def forward(self, x_PD: Tensor, codes_PQ: Tensor, masked_PQ: Tensor) -> Tensor:
-        """Return h_PQL, one vector per token of each frame."""
+    def forward(self, x_PD: Tensor, codes_PQ: Tensor, masked_PQ: Tensor, asked_A: Tensor | None = None) -> Tensor:
+        """Return h_PQL, a vector per token of each frame; given asked_A, tokens counted as p Q + q, h_AL for these."""
         positions_1Q = torch.arange(self.num_codebooks, device=x_PD.device)[None]
         cos, sin = rotary(positions_1Q, self.config.local_width // self.config.local_heads, self.config.rope_theta)
         slots_PQS = x_PD.unflatten(-1, (self.num_codebooks, -1))
         h_PQL = self.embedding(codes_PQ, masked_PQ) + self.slot_proj(slots_PQS)
-        return self.norm(self.blocks(h_PQL, cos, sin, None))
+        return self.norm(self.blocks(h_PQL, cos, sin, None, asked_A))
 
 
 class MegaAudioFormer(nn.Module):
@@ -135,19 +135,20 @@ class MegaAudioFormer(nn.Module):
         self, codes_BTQ: Tensor, masked_BTQ: Tensor, positions_BT: Tensor, valid_BT: Tensor | None = None
     ) -> MaskedTokenOutput:
         """Predict the masked tokens. Each clip must hide equally many tokens of every codebook, at least one."""
-        x_BTD = self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT)
-        # frames without a masked token have no loss, and frames don't see each other in the local encoder
-        holds_BT = masked_BTQ.any(dim=-1)
-        clip_P = holds_BT.nonzero()[:, 0]
-        codes_PQ, masked_PQ = codes_BTQ[holds_BT], masked_BTQ[holds_BT]
-        h_PQL = self.local_encoder(x_BTD[holds_BT], codes_PQ, masked_PQ)
+        return self.predict(self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT), codes_BTQ, masked_BTQ)
 
+    def predict(self, x_BTD: Tensor, codes_BTQ: Tensor, masked_BTQ: Tensor) -> MaskedTokenOutput:
+        """Do what comes after the global encoder, whose output x_BTD is."""
+        num_frames, num_codebooks = codes_BTQ.shape[1:]
+        # frames without a masked token have no loss, and frames don't see each other in the local encoder
+        frame_P = masked_BTQ.any(dim=-1).flatten().nonzero()[:, 0]
+        x_PD, codes_PQ, masked_PQ = (x.flatten(0, 1).index_select(0, frame_P) for x in (x_BTD, codes_BTQ, masked_BTQ))
         # (q, p) order groups the masked tokens by codebook; equally many of each make one batched product
-        num_codebooks = codes_BTQ.shape[-1]
-        masked_QP = masked_PQ.T
-        h_QML = h_PQL.transpose(0, 1)[masked_QP].unflatten(0, (num_codebooks, -1))
-        target_QM = codes_PQ.T[masked_QP].unflatten(0, (num_codebooks, -1))
-        clip_QM = clip_P.expand(num_codebooks, -1)[masked_QP].unflatten(0, (num_codebooks, -1))
+        q_A, p_A = masked_PQ.T.nonzero(as_tuple=True)
+        asked_A = p_A * num_codebooks + q_A
+        h_QML = self.local_encoder(x_PD, codes_PQ, masked_PQ, asked_A).unflatten(0, (num_codebooks, -1))
+        target_QM = codes_PQ.flatten()[asked_A].unflatten(0, (num_codebooks, -1))
+        clip_QM = (frame_P // num_frames)[p_A].unflatten(0, (num_codebooks, -1))
         logits_QMV = h_QML @ self.local_encoder.heads_QVL.transpose(1, 2)
 
         loss_QM = F.cross_entropy(logits_QMV.flatten(0, 1).float(), target_QM.flatten(), reduction="none")

@@ -268,7 +268,13 @@ def _new_model() -> Any:
 
 
 def _encodec() -> types.ModuleType:
-    """Import `encodec`, which imports torchaudio for parts that are not used here.
+    """Import `encodec`, which imports torchaudio for parts that are not used here."""
+    prepare_torchaudio()
+    return importlib.import_module("encodec")
+
+
+def prepare_torchaudio() -> None:
+    """Let packages that import torchaudio without need be imported where it does not load.
 
     torchaudio's wheels are CUDA builds that do not load beside a CPU torch. Then a placeholder stands in for the
     import, and its functions raise the original error; where the real torchaudio loads, it is used.
@@ -278,7 +284,6 @@ def _encodec() -> types.ModuleType:
             importlib.import_module("torchaudio")
         except (OSError, ImportError) as failure:
             _register_placeholder("torchaudio", failure)
-    return importlib.import_module("encodec")
 
 
 def _register_placeholder(name: str, failure: Exception) -> None:

@@ -32,9 +32,11 @@ def test_operations_are_those_that_torch_counts(num_codebooks, lengths):
     batch = draw_batch(num_codebooks, lengths)
     work, model = work_of(batch), build(num_codebooks)
     assert 0 < work.local_frames < work.frames or num_codebooks == 16
+    # attention between two codebooks is no matrix product to torch: 2 x 2 scores, each 2 L multiplications and additions
+    uncounted = TINY.local_layers * work.local_frames * 4 * 4 * TINY.local_width if num_codebooks == 2 else 0
     # equal, not close: both count 2 m k n of every product, in whole numbers that a float holds exactly
-    assert forward_flops(TINY, num_codebooks, work) == counted(model, batch, False)
-    assert training_flops(TINY, num_codebooks, work) == counted(model, batch, True)
+    assert forward_flops(TINY, num_codebooks, work) - uncounted == counted(model, batch, False)
+    assert training_flops(TINY, num_codebooks, work) - 3 * uncounted == counted(model, batch, True)
 
 
 def test_operations_of_the_papers_model_are_known():
@@ -71,7 +73,8 @@ def test_estimated_activations_are_those_that_autograd_keeps(num_codebooks):
     estimate -= work.masked_tokens * 1024 * (4 + 4)  # logits and their gradient live for a moment
     # the CPU's norms are not fused, and keep what they normalised beside their input
     estimate += 4 * work.frames * (2 * TINY.layers + 1) * TINY.width
-    estimate += 4 * work.local_frames * num_codebooks * (2 * TINY.local_layers + 1) * TINY.local_width
+    estimate += 4 * work.local_frames * num_codebooks * (2 * TINY.local_layers - 1) * TINY.local_width
+    estimate += 4 * work.masked_tokens * 2 * TINY.local_width
     # beyond the estimate: each norm's scale, attention's sums, rotations, masks and targets: one number or so a position,
     # which is much only beside widths as small as these
     assert estimate <= kept_bytes(build(num_codebooks), batch) <= 1.15 * estimate

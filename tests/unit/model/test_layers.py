@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.model.layers import Attention, Block, initialise, rotary, rotate
+from megascale.model import layers
+from megascale.model.layers import Attention, Block, Blocks, attend, initialise, rotary, rotate
 
 WIDTH, HEADS, THETA = 32, 4, 250_000.0
 
@@ -70,6 +71,50 @@ def test_block_computes_what_plain_arithmetic_does(padded):
     expected = mid + (gate * torch.sigmoid(gate) * up) @ block.mlp.down_proj.weight.T
     # fp32 against fp64: outputs of size 10, angles of size 500, so 500 x 6e-8 relative at worst
     assert torch.allclose(got.double(), expected, atol=5e-4)
+
+
+def test_pairs_attend_as_plain_arithmetic_does():
+    attention = build_block().attention
+    x_BTD = torch.randn(5, 2, WIDTH, generator=generator())
+    positions_BT = torch.arange(2).expand(5, 2)
+    got = attention(x_BTD, *rotary(positions_BT, WIDTH // HEADS, THETA), None)
+    expected = naive_attention(attention, x_BTD, positions_BT, torch.ones(5, 2, dtype=torch.bool))
+    assert torch.allclose(got.double(), expected, atol=1e-5)  # fp32 against fp64, outputs of size 1
+
+
+@pytest.mark.parametrize("length", [2, 7])
+@pytest.mark.parametrize("asked", [[0], [9, 3, 4], list(range(14)), []])
+def test_asked_positions_get_what_they_would_among_all(length, asked):
+    blocks = Blocks([build_block(), build_block()])
+    x_BTD = torch.randn(14 // length, length, WIDTH, generator=generator(), requires_grad=True)
+    cos_sin = rotary(torch.arange(length)[None], WIDTH // HEADS, THETA)
+    asked_M = torch.tensor(asked, dtype=torch.int64)
+    few_MD, all_BTD = blocks(x_BTD, *cos_sin, None, asked_M), blocks(x_BTD, *cos_sin, None)
+    assert few_MD.shape == (len(asked), WIDTH)
+    # products of other sizes round in another order; outputs are of size 10 to 100
+    assert torch.allclose(few_MD, all_BTD.flatten(0, 1)[asked_M], rtol=1e-4, atol=1e-4)
+    (few,) = torch.autograd.grad(few_MD.square().sum(), x_BTD)
+    (among_all,) = torch.autograd.grad(all_BTD.flatten(0, 1)[asked_M].square().sum(), x_BTD)
+    assert torch.allclose(few, among_all, rtol=1e-4, atol=1e-5 * float(among_all.abs().max()))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_over_more_sequences_than_cuda_takes_is_cut(monkeypatch, padded):
+    q, k, v = torch.randn(3, 10, 3, HEADS, 8, generator=generator())
+    valid_BT = torch.rand(10, 3, generator=generator()) < 0.7
+    valid_BT[:, 0] = True
+    whole = attend(q, k, v, valid_BT if padded else None)
+    sizes, fused = [], F.scaled_dot_product_attention
+
+    def spy(q_BNTH: Tensor, *rest: Tensor) -> Tensor:
+        sizes.append(len(q_BNTH))
+        return fused(q_BNTH, *rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    assert layers._MAX_SDPA_BATCH == 65_535, "what a CUDA grid's second and third dimension hold"
+    monkeypatch.setattr(layers, "_MAX_SDPA_BATCH", 4)
+    assert torch.equal(attend(q, k, v, valid_BT if padded else None), whole)
+    assert sizes == [4, 4, 2]
 
 
 def test_rotary_angles_are_fp32_whatever_the_model_is():

@@ -10,7 +10,7 @@ from megascale.model.mega_audioformer import MegaAudioFormer
 
 
 def naive_output(model: MegaAudioFormer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """All logits everywhere; then cross-entropy at masked tokens, the mean of each clip, the mean over clips."""
+    """Every frame, every token, all logits; then cross-entropy at masked tokens, the mean of each clip, over clips."""
     codes_BTQ, masked_BTQ = batch["codes_BTQ"], batch["masked_BTQ"]
     num_codebooks = codes_BTQ.shape[-1]
     x_BTD = model.global_encoder(codes_BTQ, masked_BTQ, batch["positions_BT"], batch.get("valid_BT"))
@@ -47,6 +47,38 @@ def test_loss_is_the_plain_one(num_codebooks, lengths):
     assert torch.equal(out.count_Q, count_Q)
     if lengths == (12, 12, 12):
         assert (out.correct_Q > 2).all()
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 4, 16])
+@pytest.mark.parametrize("lengths", [(30, 30), (12, 7, 3)])
+def test_gradients_are_the_plain_ones(num_codebooks, lengths):
+    lean, plain = build(num_codebooks), build(num_codebooks)
+    batch = draw_batch(num_codebooks, lengths)
+    lean(**batch).loss_Q.mean().backward()
+    naive_output(plain, batch)[0].mean().backward()
+    for (name, ours), theirs in zip(lean.named_parameters(), plain.parameters(), strict=True):
+        # fp32 sums in another order
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(theirs.grad.abs().max()), msg=name
+        )
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 16])
+def test_local_work_is_done_for_masked_tokens_alone(num_codebooks):
+    """Rows that each product of the local encoder gets: nothing is computed that is thrown away."""
+    model, batch = build(num_codebooks), draw_batch(num_codebooks, (12, 12))
+    rows: dict[str, int] = {}
+    for name, module in model.local_encoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, x, y, name=name: rows.update({name: y.numel() // y.shape[-1]}))
+    model(**batch)
+    masked_BTQ = batch["masked_BTQ"]
+    every, masked = int(masked_BTQ.any(dim=-1).sum()) * num_codebooks, int(masked_BTQ.sum())
+    assert masked < every
+    lean = {"attention.q_proj", "attention.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert len(rows) == 1 + 2 * 7
+    for name, count in rows.items():
+        assert count == (masked if name.removeprefix("blocks.1.") in lean else every), name
 
 
 @pytest.mark.parametrize("lengths", [(12, 12, 12, 12), (12, 3, 7, 5)])
