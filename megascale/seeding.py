@@ -28,6 +28,11 @@ def torch_generator(seed: int, purpose: str, *ids: int | str) -> torch.Generator
     return torch.Generator().manual_seed(state)
 
 
+def seed_torch(seed: int, purpose: str, *ids: int | str) -> None:
+    """Seed torch's global generators, for what draws from them all the same: their states are part of checkpoints."""
+    torch.manual_seed(torch_generator(seed, purpose, *ids).initial_seed())
+
+
 def hash_share(*ids: int | str) -> float:
     """Return a number in [0, 1) fixed by the ids alone; used to hold out a share of clips by their key."""
     return int.from_bytes(_digest(0, "share", ids)[:8], "little") / 2.0**64

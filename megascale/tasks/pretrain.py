@@ -208,6 +208,7 @@ def _train(
     if config.train.deterministic:
         make_deterministic()
     rank, ranks = init_distributed()
+    seeding.seed_torch(config.seed, "pretraining", rank)
     micro_batch, checkpoints = _micro_batch(config, ranks), path / CHECKPOINTS
     if config.checkpoint.upload_url is not None:
         on_first_rank(partial(fetch_newest, config.checkpoint.upload_url, checkpoints))
