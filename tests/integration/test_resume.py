@@ -1,5 +1,6 @@
 """Resume: after a crash, at an epoch's end, with another number of ranks. What can be exact is compared byte by byte."""
 
+import contextlib
 import json
 import os
 import random
@@ -202,6 +203,12 @@ def test_other_numbers_of_ranks_go_on_with_the_same_clips(tokens, straight, tmp_
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
+def is_written_to(folder: Path, left: dict[Path, int]) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # deleted while it was looked at
+        return any(left.get(path) != path.stat().st_ino for path in folder.rglob("*"))
+    return False
+
+
 @slow
 def test_kill_at_20_moments_of_a_save_leaves_a_checkpoint_that_loads(tokens, tmp_path, start):
     """Each time the run goes on from the newest that was committed, and it ends like an undisturbed one."""
@@ -209,9 +216,12 @@ def test_kill_at_20_moments_of_a_save_leaves_a_checkpoint_that_loads(tokens, tmp
     options = ["zero.stage=1", "train.steps=24"]
     line = deepspeed(2, "pretrain.py", *arguments(tokens, folder, *options))
     for _ in range(20):
-        driver = start(line)
         saving = checkpoint.step_folder(folder / "checkpoints", (steps(folder) or [0])[-1] + 1)
-        wait_for(lambda saving=saving: any(saving.glob("*")), driver, pause=0.001)
+        left = {
+            path: path.stat().st_ino for path in saving.rglob("*")
+        }  # by the kill before, until the save begins anew
+        driver = start(line)
+        wait_for(lambda saving=saving, left=left: is_written_to(saving, left), driver, pause=0.001)
         time.sleep(moments.uniform(0, 0.05))
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
