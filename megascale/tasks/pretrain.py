@@ -241,15 +241,7 @@ def _train(
     )
     facts = model_facts(config, data.folder)
     saver = Saver(engine, checkpoints, config.checkpoint, facts, config.train.global_batch, uploads)
-    say(
-        f"{num_parameters / 1e6:.2f}M parameters, {len(data.train)} clips; {ranks} ranks x "
-        f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
-    )
-    if config.checkpoint.every % config.train.validate_every:
-        say(
-            f"checkpoint.every={config.checkpoint.every} is no multiple of train.validate_every="
-            f"{config.train.validate_every}: checkpoints between validations have no loss, and are never the best"
-        )
+    _announce(config, len(data.train), num_parameters, ranks, micro_batch)
     signals = _signals(config, path, validator, ranks, start)
     started = time.monotonic()
     with closing(log):
@@ -278,6 +270,18 @@ def _train(
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
     return result
+
+
+def _announce(config: PretrainConfig, num_clips: int, num_parameters: int, ranks: int, micro_batch: int) -> None:
+    say(
+        f"{num_parameters / 1e6:.2f}M parameters, {num_clips} clips; {ranks} ranks x "
+        f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
+    )
+    if config.checkpoint.every % config.train.validate_every:
+        say(
+            f"checkpoint.every={config.checkpoint.every} is no multiple of train.validate_every="
+            f"{config.train.validate_every}: checkpoints between validations have no loss, and are never the best"
+        )
 
 
 def _write_config(config: PretrainConfig, path: Path) -> None:
