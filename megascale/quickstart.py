@@ -29,7 +29,7 @@ from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, St
 from megascale.log import Progress, duration, say
 from megascale.storage import StorageConfig
 from megascale.tasks import finetune
-from megascale.tasks.pretrain import PretrainConfig
+from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tokenize import job
 from megascale.tokenize.plan import TokenizeConfig, codec_url
 from megascale.tokenize.sources import SourceConfig, list_recordings

@@ -106,7 +106,7 @@ def _modernbert(config: ModelConfig, num_tokens: int) -> Rival:
     """ModernBERT with its own attention pattern: every third layer sees all, the others 64 tokens to each side (a mask,
     on CPUs). Its vocabulary is a code or the mask, the least that it can have; logits are made at masked tokens alone."""
     prepare_torchaudio()
-    from transformers import ModernBertConfig, ModernBertForMaskedLM  # type: ignore[import-not-found]
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     model = ModernBertForMaskedLM(
@@ -134,8 +134,8 @@ def _modernbert(config: ModelConfig, num_tokens: int) -> Rival:
 def _megabyte(config: ModelConfig, num_codebooks: int, num_frames: int, default: bool) -> Rival:
     """MEGABYTE predicts every token from those before it, so that it has a loss, logits, and local work everywhere; it
     looks back alone, which halves attention. `default`: no rotary positions, no flash attention."""
-    from MEGABYTE_pytorch import MEGABYTE as Megabyte  # type: ignore[import-not-found]
-    from MEGABYTE_pytorch.megabyte import Transformer  # type: ignore[import-not-found]
+    from MEGABYTE_pytorch import MEGABYTE as Megabyte
+    from MEGABYTE_pytorch.megabyte import Transformer
 
     flags: dict[str, Any] = {} if default else {"flash_attn": True, "rel_pos": True}
     multiple = 3 * config.mlp_width // (2 * config.width)

@@ -5,15 +5,19 @@ they are made comparable). The local stage with its heads is timed alone, too, g
 """
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megascale.bench import measure, rivals
 from megascale.bench.rivals import FLAT, MEGABYTE, MODERNBERT, OURS, PLAIN, Batch
@@ -23,6 +27,7 @@ from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters
 from megascale.tokens import FRAMES_PER_SECOND
 
 _MASKED = 0.25
+_TRAINING_PASSES = 3  # backward makes two gradients of each product
 _LOCAL, _LOCAL_PLAIN = "local stage of ours", "local stage, computed plainly"
 _VERSIONS = ("torch", "numpy", "matplotlib")
 _PEER_VERSIONS = {"transformers": "transformers", "MEGABYTE_pytorch": "megabyte-pytorch"}
@@ -55,8 +60,10 @@ def run(rounds: int, plan: Plan | None = None) -> Path:
     try:
         table = []
         for num_codebooks, num_frames in plan.table:
-            table.append(_measure(plan, num_codebooks, num_frames, [OURS, PLAIN, FLAT, *peers], rounds))
+            table.append(_measure(plan, num_codebooks, num_frames, [OURS, PLAIN, FLAT, *peers], rounds, count=True))
             _print(table[-1])  # the plots take as long again
+        matmul_rate = _matmul_rate()
+        print(f"\ntorch's best matrix product: {matmul_rate / 1e9:.1f} GFLOP/s")
         few = [OURS, FLAT, *(name for name in peers if name in (MODERNBERT, MEGABYTE))]
         fewer_rounds = max(1, rounds // 2)
         by_length = [_measure(plan, plan.table[0][0], t, few, fewer_rounds) for t in plan.lengths]
@@ -64,7 +71,13 @@ def run(rounds: int, plan: Plan | None = None) -> Path:
     finally:
         torch.set_num_threads(threads)
     versions = [*_VERSIONS, *(_PEER_VERSIONS[name] for name in rivals.PEERS if set(rivals.PEERS[name]) & set(peers))]
-    facts = {"rounds": rounds, "model": plan.model.model_dump(), "batch": plan.batch, "table": table}
+    facts = {
+        "rounds": rounds,
+        "model": plan.model.model_dump(),
+        "batch": plan.batch,
+        "table": table,
+        "matmul_rate": matmul_rate,
+    }
     facts |= {"by_length": by_length, "by_codebooks": by_codebooks, "plot_rounds": fewer_rounds}
     path = measure.write("train", facts, versions)
     seconds = [facts["frames"] / FRAMES_PER_SECOND for facts in by_length]
@@ -86,25 +99,37 @@ def draw_batch(batch: int, num_frames: int, num_codebooks: int) -> Batch:
     }
 
 
-def _measure(plan: Plan, num_codebooks: int, num_frames: int, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Time a step of each, and return seconds, and ratios to ours where above 1 means that ours is faster."""
+def _measure(
+    plan: Plan, num_codebooks: int, num_frames: int, names: Sequence[str], rounds: int, count: bool = False
+) -> dict[str, Any]:
+    """Time a step of each, and return seconds, and ratios to ours where above 1 means that ours is faster.
+
+    `count`: also count operations, which takes a forward pass each.
+    """
     gc.collect()  # models of the measurement before: gigabytes
     batch = draw_batch(plan.batch, num_frames, num_codebooks)
     ours = rivals.build(OURS, plan.model, num_codebooks, num_frames)
     assert isinstance(ours.model, MegaAudioFormer), "what is called ours is ours"
-    optimizer = _optimizer(ours.model)
-    things, parameters = {OURS: _step(ours.loss, batch, optimizer)}, {OURS: count_parameters(ours.model)}
-    for name in names[1:]:
+    losses: dict[str, Callable[[], Tensor]] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    parameters: dict[str, int] = {}
+    for name in names:
+        if name == OURS:
+            rival = ours
+        elif name == PLAIN:
+            rival = rivals.plain(ours.model)
+        else:
+            rival = rivals.build(name, plan.model, num_codebooks, num_frames)
+        losses[name], parameters[name] = partial(rival.loss, batch), count_parameters(rival.model)
         if name == PLAIN:
-            things[name] = _step(rivals.plain(ours.model).loss, batch, optimizer)
-            things |= _local_stage(ours.model, batch, plan.model.width)
-            continue
-        rival = rivals.build(name, plan.model, num_codebooks, num_frames)
-        things[name], parameters[name] = (
-            _step(rival.loss, batch, _optimizer(rival.model)),
-            count_parameters(rival.model),
-        )
-    rates = measure.in_turn(f"Q = {num_codebooks}, T = {num_frames}", things, rounds)
+            optimizers[name] = optimizers[OURS]
+        else:
+            optimizers[name] = torch.optim.AdamW(rival.model.parameters(), fused=True)
+    if PLAIN in names:
+        losses |= _local_stage(ours.model, batch, plan.model.width)
+    steps = {name: _step(loss, optimizers.get(name), ours.model) for name, loss in losses.items()}
+    operations = {name: _forward_operations(loss) for name, loss in losses.items()} if count else {}
+    rates = measure.in_turn(f"Q = {num_codebooks}, T = {num_frames}", steps, rounds)
     base = {name: _LOCAL if name == _LOCAL_PLAIN else OURS for name in rates}
     return {
         "codebooks": num_codebooks,
@@ -115,55 +140,77 @@ def _measure(plan: Plan, num_codebooks: int, num_frames: int, names: Sequence[st
             for name, values in rates.items()
             if name not in (OURS, _LOCAL)
         },
+        "operations": {name: _TRAINING_PASSES * value for name, value in operations.items()},
+        "operations_times_ours": {
+            name: value / operations[base[name]] for name, value in operations.items() if name not in (OURS, _LOCAL)
+        },
         "parameters": parameters,
     }
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def _step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None, model: MegaAudioFormer
+) -> Callable[[], float]:
+    """Return a training step; without an optimizer, the gradients of a part of our model are made and thrown away."""
 
-
-def _step(loss: Callable[[Batch], Tensor], batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
     def step() -> float:
-        loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss().backward()
+        if optimizer is None:
+            model.zero_grad()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
         return 1.0
 
     return step
 
 
-def _local_stage(model: MegaAudioFormer, batch: Batch, width: int) -> dict[str, Callable[[], float]]:
-    """Forward and backward of all that comes after the global encoder."""
+def _local_stage(model: MegaAudioFormer, batch: Batch, width: int) -> dict[str, Callable[[], Tensor]]:
+    """Return the loss given the global encoder's output, of whose forward and backward it is."""
     shape = batch["codes_BTQ"].shape
     x_BTD = torch.randn(*shape[:2], width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    return {
+        _LOCAL: lambda: model.predict(x_BTD, batch["codes_BTQ"], batch["masked_BTQ"]).loss_Q.mean(),
+        _LOCAL_PLAIN: lambda: rivals.plain_loss(model, x_BTD, batch),
+    }
 
-    def lean() -> float:
-        model.predict(x_BTD, batch["codes_BTQ"], batch["masked_BTQ"]).loss_Q.mean().backward()
-        return clear()
 
-    def plain() -> float:
-        rivals.plain_loss(model, x_BTD, batch).backward()
-        return clear()
+def _forward_operations(loss: Callable[[], Tensor]) -> int:
+    """Count the operations of matrix products, attention's included: all pairs, also those a causal mask hides."""
+    # torch counts attention only where it is made of products
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss()
+    return counter.get_total_flops()
 
-    def clear() -> float:
-        model.zero_grad()
-        x_BTD.grad = None
-        return 1.0
 
-    return {_LOCAL: lean, _LOCAL_PLAIN: plain}
+def _matmul_rate() -> float:
+    """Return operations a second of torch's best matrix product here."""
+    best = 0.0
+    for size in (768, 1536, 3072):
+        a = torch.randn(size, size)
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ a
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
 
 
 def _print(facts: dict[str, Any]) -> None:
     print(
-        f"\nQ = {facts['codebooks']}, T = {facts['frames']}        seconds a step: median     min     max    times ours"
+        f"\nQ = {facts['codebooks']}, T = {facts['frames']}".ljust(38) + "seconds a step: median     min     max",
+        end="",
     )
+    print("    times ours                operations times ours   GFLOP/s")
     for name, values in facts["seconds"].items():
-        line = f"{name:36s} {np.median(values):9.3f} {values[0]:7.3f} {values[-1]:7.3f}"
+        median = float(np.median(values))
+        line = f"{name:36s} {median:23.3f} {values[0]:7.3f} {values[-1]:7.3f}"
         if name in facts["times_ours"]:
             ratio = facts["times_ours"][name]
-            line += f"    {ratio['median']:6.2f}  ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        print(line)
+            line += f"    {ratio['median']:6.2f}  ({ratio['min']:.2f} to {ratio['max']:.2f})".ljust(28)
+            line += f"{facts['operations_times_ours'][name]:19.2f}"
+        else:
+            line += " " * 47
+        print(f"{line} {facts['operations'][name] / median / 1e9:9.1f}")
 
 
 def _plot(name: str, points: list[dict[str, Any]], x: Sequence[float], label: str) -> None:

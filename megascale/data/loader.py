@@ -51,8 +51,8 @@ class DataConfig(Section):
     cache_gb: float = Field(50.0, gt=0, description="shards of a remote token folder take no more disk, for each rank")
     resident: Literal["cpu", "gpu"] | None = Field(
         None,
-        description="each rank holds the training clips' packed codes in memory, and makes the same batches there; "
-        "null: shards are read as they are needed",
+        description="each rank holds the training clips' codes in memory, int16 on a CPU and packed on its GPU, and makes "
+        "the same batches there; null: shards are read as they are needed",
     )
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megascale.tokens import code_words, unpack
+from megascale.tokens import code_words, pack, unpack
 
 SPARE_BYTES = 16  # so many may be read beyond a clip's last code
 
@@ -51,8 +51,7 @@ def unpack_stretches(
     same = int(lengths_B.min()) == longest
     if num_stored % 4 == 0:
         shape = int(lengths_B.sum()), -(-num_wanted // 4)
-        rows_NQ = unpack(code_words(data, shape, (num_stored // 4 * 5, 5)))[:, :num_wanted]
-        return rows_NQ.reshape(clips, longest, num_wanted) if same else _padded(rows_NQ, lengths_B)
+        return padded(unpack(code_words(data, shape, (num_stored // 4 * 5, 5)))[:, :num_wanted], lengths_B)
     words_B, shifts_B = _words(num_stored, lengths_B), (starts_B * num_stored * 10 % 8).astype("<u8")
     if same:
         words = code_words(data, (clips, int(words_B[0]) - 1), (int(words_B[0]) * 5, 5))
@@ -62,11 +61,15 @@ def unpack_stretches(
     first_B = 4 * (np.cumsum(words_B) - words_B)
     counts_B = lengths_B * num_stored
     own = np.concatenate([codes[a : a + n] for a, n in zip(first_B.tolist(), counts_B.tolist(), strict=True)])
-    return _padded(own.reshape(-1, num_stored)[:, :num_wanted], lengths_B)
+    return padded(own.reshape(-1, num_stored)[:, :num_wanted], lengths_B)
 
 
-def _padded(rows_NQ: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    codes_BTQ = np.zeros((len(lengths_B), int(lengths_B.max()), rows_NQ.shape[1]), dtype=np.int16)
+def padded(rows_NQ: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """Return codes_BTQ of clips whose frames lie one after the other in rows_NQ; padding holds 0."""
+    longest = int(lengths_B.max())
+    if int(lengths_B.min()) == longest:
+        return rows_NQ.reshape(len(lengths_B), longest, rows_NQ.shape[1])
+    codes_BTQ = np.zeros((len(lengths_B), longest, rows_NQ.shape[1]), dtype=np.int16)
     codes_BTQ[np.arange(codes_BTQ.shape[1]) < lengths_B[:, None]] = rows_NQ
     return codes_BTQ
 
@@ -95,3 +98,18 @@ def gather_codes(data: Tensor, offsets_B: Tensor, frames_BT: Tensor, num_codeboo
     byte_BTQ = offsets_B[:, None, None] + code_BTQ + (code_BTQ >> 2)
     pair_BTQ = data[byte_BTQ].long() | data[byte_BTQ + 1].long() << 8
     return pair_BTQ >> 2 * (code_BTQ & 3) & 0x3FF
+
+
+def packed_bytes(num_codes_B: np.ndarray) -> np.ndarray:
+    """Return how many bytes `pack_clips` makes of clips of so many codes (int64): whole groups of four codes."""
+    return -(-num_codes_B // 4) * 5
+
+
+def pack_clips(codes_BTQ: np.ndarray, frames_B: np.ndarray) -> np.ndarray:
+    """Pack clips one after the other, each from a byte of its own on, uint8, as `gather_codes` reads them."""
+    clips, longest, num_codebooks = codes_BTQ.shape
+    codes = np.zeros((clips, -(-longest * num_codebooks // 4) * 4), dtype=np.int16)
+    codes[:, : longest * num_codebooks] = codes_BTQ.reshape(clips, -1)
+    packed = pack(codes)
+    # a clip that is shorter than the longest is followed by zeros, of which only its last group's stay
+    return packed[np.arange(packed.shape[1]) < packed_bytes(frames_B.astype(np.int64) * num_codebooks)[:, None]]

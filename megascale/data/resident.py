@@ -1,4 +1,5 @@
-"""The packed codes of many clips in one tensor, on the host or on a GPU: batches are gathered, unpacked and cut there.
+"""The codes of many clips in one tensor: on the host as int16, from which batches are copied; on a GPU packed, 10 bits
+a code, from which they are gathered and unpacked there.
 
 B clips, T frames, Q codebooks. Every rank holds its own; nothing is shared between them.
 """
@@ -11,64 +12,70 @@ import torch
 from torch import Tensor
 
 from megascale.data.folder import TokenFolder
-from megascale.data.packed import SPARE_BYTES, gather_codes, select_frames, stretch_bytes, unpack_stretches
+from megascale.data.packed import gather_codes, pack_clips, packed_bytes, padded, select_frames
 from megascale.data.transforms import on_device
 from megascale.errors import ConfigError
 from megascale.log import Progress, local_rank, local_world_size
-from megascale.tokens import pack
 
+Where = Literal["cpu", "gpu"]
 _PART_CLIPS = 256
+_CODE_BYTES = 2  # int16
 
 
 class ResidentTokens:
-    """Some clips of a folder, the first Q codebooks alone, each beginning at a byte of its own."""
+    """Some clips of a folder, the first Q codebooks alone."""
 
     def __init__(self, folder: TokenFolder, clips: np.ndarray, device: torch.device, title: str = "") -> None:
-        """Read and repack these clips (numbers in the folder), which takes their shards' hashes to be right.
+        """Read these clips (numbers in the folder), which takes their shards' hashes to be right.
 
         `title` is the progress line's; an empty one shows none. Raises as `TokenFolder.codes`.
         """
         self.device, self._num_codebooks = device, folder.num_codebooks
-        sizes_N = _clip_bytes(folder, clips)
-        self._offset_N = np.full(len(folder), -1, dtype=np.int64)
+        where: Where = "cpu" if device.type == "cpu" else "gpu"
+        sizes_N = _clip_bytes(folder, clips, where)
+        self._offset_N = np.full(len(folder), -1, dtype=np.int64)  # bytes
         self._offset_N[clips] = np.cumsum(sizes_N) - sizes_N
-        self._data = torch.zeros(resident_bytes(folder, clips), dtype=torch.uint8, device=device)
+        self._data = torch.empty(int(sizes_N.sum()), dtype=torch.uint8, device=device)
         progress, done, end = Progress(title, len(clips), unit="clips"), 0, 0
         for part in folder.sweep(clips, _PART_CLIPS):
-            packed = torch.from_numpy(_repack(folder.whole(part), folder.frames_N[part]))
-            self._data[end : end + len(packed)] = packed.to(device)
-            done, end = done + len(part), end + len(packed)
+            codes_BTQ, frames_B = folder.whole(part), folder.frames_N[part]
+            held = pack_clips(codes_BTQ, frames_B) if where == "gpu" else _joined(codes_BTQ, frames_B).view(np.uint8)
+            self._data[end : end + len(held)] = torch.from_numpy(held).to(device)
+            done, end = done + len(part), end + len(held)
             progress.update(done)
         progress.close()
-        self._view = self._data.numpy().data if device.type == "cpu" else None
+        self._view = self._data.numpy().data if where == "cpu" else None
 
     def take(self, clips_B: np.ndarray, starts_B: Tensor, lengths_B: np.ndarray, kept_BT: Tensor) -> Tensor:
         """Return codes_BTQ, int64, of frames kept_BT (int64, ascending) of the stretch of each clip that begins at
         starts_B and is lengths_B long; as `TokenFolder.take`, on this device."""
-        offsets_B = self._offset_N[clips_B]
-        assert (offsets_B >= 0).all(), "only clips that are held are asked for"
         if self._view is not None:
             return select_frames(self.codes(clips_B, starts_B.numpy(), lengths_B), kept_BT)
-        return gather_codes(
-            self._data, on_device(offsets_B, self.device), starts_B[:, None] + kept_BT, self._num_codebooks
-        )
+        offsets_B = on_device(self._offsets(clips_B), self.device)
+        return gather_codes(self._data, offsets_B, starts_B[:, None] + kept_BT, self._num_codebooks)
 
     def codes(self, clips_B: np.ndarray, starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         """Return codes_BTQ, int16, on the host, as `TokenFolder.codes`; only where the clips are held there."""
-        assert self._view is not None, "codes on a GPU are made by `take`"
-        offsets_B, sizes_B = stretch_bytes(self._num_codebooks, starts_B, lengths_B)
-        offsets_B += self._offset_N[clips_B]
-        ends_B, view = offsets_B + sizes_B, self._view
-        pieces = [view[start:end] for start, end in zip(offsets_B.tolist(), ends_B.tolist(), strict=True)]
-        return unpack_stretches(pieces, self._num_codebooks, self._num_codebooks, starts_B, lengths_B)
+        view = self._view
+        assert view is not None, "codes on a GPU are made by `take`"
+        frame_bytes = self._num_codebooks * _CODE_BYTES
+        first_B = self._offsets(clips_B) + starts_B * frame_bytes
+        ends_B = first_B + lengths_B * frame_bytes
+        data = bytearray().join([view[start:end] for start, end in zip(first_B.tolist(), ends_B.tolist(), strict=True)])
+        return padded(np.frombuffer(data, dtype=np.int16).reshape(-1, self._num_codebooks), lengths_B)
+
+    def _offsets(self, clips_B: np.ndarray) -> np.ndarray:
+        offsets_B = self._offset_N[clips_B]
+        assert (offsets_B >= 0).all(), "only clips that are held are asked for"
+        return offsets_B
 
 
-def resident_bytes(folder: TokenFolder, clips: np.ndarray) -> int:
+def resident_bytes(folder: TokenFolder, clips: np.ndarray, where: Where) -> int:
     """Return how many bytes `ResidentTokens` of these clips takes for codes."""
-    return int(_clip_bytes(folder, clips).sum()) + SPARE_BYTES
+    return int(_clip_bytes(folder, clips, where).sum())
 
 
-def check_room(num_bytes: int, where: Literal["cpu", "gpu"]) -> None:
+def check_room(num_bytes: int, where: Where) -> None:
     """Raise ConfigError unless every rank of this machine has room for so many bytes, as things are now."""
     key = f"data.resident={where}"
     if where == "gpu":
@@ -84,17 +91,11 @@ def check_room(num_bytes: int, where: Literal["cpu", "gpu"]) -> None:
         )
 
 
-def _clip_bytes(folder: TokenFolder, clips: np.ndarray) -> np.ndarray:
-    # whole groups of four codes
-    return -(-folder.frames_N[clips].astype(np.int64) * folder.num_codebooks // 4) * 5
+def _clip_bytes(folder: TokenFolder, clips: np.ndarray, where: Where) -> np.ndarray:
+    counts_N = folder.frames_N[clips].astype(np.int64) * folder.num_codebooks
+    return packed_bytes(counts_N) if where == "gpu" else counts_N * _CODE_BYTES
 
 
-def _repack(codes_BTQ: np.ndarray, frames_B: np.ndarray) -> np.ndarray:
-    """Pack clips one after the other, each from a byte of its own on, uint8."""
-    clips, longest, num_codebooks = codes_BTQ.shape
-    counts_B = frames_B.astype(np.int64) * num_codebooks
-    codes = np.zeros((clips, -(-longest * num_codebooks // 4) * 4), dtype=np.int16)
-    codes[:, : longest * num_codebooks] = codes_BTQ.reshape(clips, -1)
-    packed = pack(codes)
-    # a clip that is shorter than the longest is followed by zeros, of which only its last group's stay
-    return packed[np.arange(packed.shape[1]) < (-(-counts_B // 4) * 5)[:, None]]
+def _joined(codes_BTQ: np.ndarray, frames_B: np.ndarray) -> np.ndarray:
+    """Return the clips' codes one after the other, without what pads them, int16."""
+    return codes_BTQ[np.arange(codes_BTQ.shape[1]) < frames_B[:, None]].reshape(-1)

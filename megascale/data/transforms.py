@@ -4,6 +4,7 @@ B clips, T frames of the longest, Q codebooks. Lengths, which fix the shapes, ar
 never waited for. What is drawn is a tensor where the seeds are (`seeding.clip_seeds`, one for each clip and purpose).
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -91,31 +92,38 @@ def draw_masks(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, confi
     longest, device = int(lengths_B.max()), seeds_B.device
     assert longest < 1 << _FRAME_BITS, "longer clips have no room in the keys"
     drawn = num_codebooks if config.kind == "token" else 1
-    frame_T = torch.arange(longest, device=device)
-    valid_BT = valid_frames(lengths_B, device)
-    masked_BTQ = torch.empty(len(lengths_B), longest, num_codebooks, dtype=torch.bool, device=device)
-    # a CPU goes through a few clips at a time, whose keys stay in its cache
-    at_once = max(1, _KEYS_AT_ONCE // (drawn * longest)) if device.type == "cpu" else len(lengths_B)
-    for first in range(0, len(lengths_B), at_once):
-        own = slice(first, first + at_once)
-        keys_BQT = _keys(seeds_B[own], lengths_B[own], frame_T, drawn, config)
-        if valid_BT is not None:
-            keys_BQT.masked_fill_(~valid_BT[own, None], _NEVER)
-        counts_B = np.maximum(1, np.rint(config.ratio * lengths_B[own]).astype(np.int64))
-        masked_BTQ[own] = (keys_BQT <= _nth_smallest(keys_BQT, counts_B)).transpose(1, 2)
+    counts_B = np.maximum(1, np.rint(config.ratio * lengths_B).astype(np.int64))
+    if device.type != "cpu":
+        keys_BQT = _keys(seeds_B, lengths_B, drawn, config)
+        smallest_BQT = choose_smallest(keys_BQT, counts_B, valid_frames(lengths_B, device))
+        return smallest_BQT.transpose(1, 2).expand(-1, -1, num_codebooks).contiguous()
+    masked_BTQ = torch.zeros(len(lengths_B), longest, num_codebooks, dtype=torch.bool)
+    for rows_R, length in _equal_rows(lengths_B, drawn):
+        keys_RQT = _keys(seeds_B[rows_R], lengths_B[rows_R], drawn, config)
+        smallest_RQT = choose_smallest_on_cpu(keys_RQT.numpy(), int(counts_B[rows_R][0]))
+        masked_BTQ[rows_R, :length] = torch.from_numpy(smallest_RQT).transpose(1, 2)
     return masked_BTQ
 
 
-def _keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, num_codebooks: int, config: MaskConfig) -> Tensor:
-    """Return keys_BQT, int64: of each clip and codebook those frames are hidden whose keys are the smallest.
+def _equal_rows(lengths_B: np.ndarray, num_codebooks: int) -> Iterator[tuple[np.ndarray | slice, int]]:
+    """Yield a few clips of one length at a time, whose keys stay in a core's cache."""
+    for length in np.unique(lengths_B).tolist():
+        at_once = max(1, _KEYS_AT_ONCE // (num_codebooks * length))
+        rows = np.flatnonzero(lengths_B == length)
+        for first in range(0, len(rows), at_once):
+            own = slice(first, first + at_once)
+            yield own if len(rows) == len(lengths_B) else rows[own], length
 
-    The frame in the last bits keeps keys apart, so that exactly as many as asked for are the smallest.
-    """
+
+def _keys(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, config: MaskConfig) -> Tensor:
+    """Return keys_BQT, int32 or int64: of each clip and codebook those frames are hidden whose keys are the smallest."""
+    longest, device = int(lengths_B.max()), seeds_B.device
     if config.kind == "span":
-        return _span_keys(seeds_B, lengths_B, frame_T, config.span_frames)[:, None]
-    number_QT = torch.arange(num_codebooks, device=frame_T.device)[:, None] * (1 << _FRAME_BITS) + frame_T
-    keys_BQT = seeding.random_bits(seeds_B[:, None, None], number_QT, 64)
-    return keys_BQT.bitwise_and_(-(1 << _FRAME_BITS)).bitwise_or_(frame_T)
+        return _span_keys(seeds_B, lengths_B, torch.arange(longest, device=device), config.span_frames)[:, None]
+    # a word of 64 bits is two keys
+    word_QW = torch.arange(num_codebooks, device=device)[:, None] * (1 << _FRAME_BITS)
+    word_QW = word_QW + torch.arange(-(-longest // 2), device=device)
+    return seeding.random_bits(seeds_B[:, None, None], word_QW, 64).view(torch.int32)[..., :longest]
 
 
 def _span_keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, span: int) -> Tensor:
@@ -133,13 +141,32 @@ def _span_keys(seeds_B: Tensor, lengths_B: np.ndarray, frame_T: Tensor, span: in
     return keys_BT
 
 
-def _nth_smallest(keys_BQT: Tensor, counts_B: np.ndarray) -> Tensor:
-    """Return the counts-th smallest of the keys of each clip and codebook, (B, Q, 1)."""
-    count = int(counts_B[0])
-    if keys_BQT.device.type == "cpu" and (counts_B == count).all():  # several times faster than any sort, and the same
-        return torch.from_numpy(np.partition(keys_BQT.numpy(), count - 1, axis=-1)[..., count - 1 : count])
+def choose_smallest(keys_BQT: Tensor, counts_B: np.ndarray, valid_BT: Tensor | None) -> Tensor:
+    """Return where a row's counts-th smallest key and the smaller ones are, bool (B, Q, T).
+
+    Args:
+        keys_BQT: int32, of which of equal ones the first are taken, or int64 that differ.
+        counts_B: int64.
+        valid_BT: False where keys are padding, which is never taken.
+    """
+    if keys_BQT.dtype == torch.int32:
+        frame_T = torch.arange(keys_BQT.shape[-1], device=keys_BQT.device)
+        keys_BQT = keys_BQT.long().bitwise_left_shift_(_FRAME_BITS).bitwise_or_(frame_T)
+    if valid_BT is not None:
+        keys_BQT = keys_BQT.masked_fill(~valid_BT[:, None], _NEVER)
     place_BQ1 = on_device(counts_B - 1, keys_BQT.device)[:, None, None].expand(-1, keys_BQT.shape[1], 1)
-    return keys_BQT.sort(dim=-1).values.gather(-1, place_BQ1)
+    return keys_BQT <= keys_BQT.sort(dim=-1).values.gather(-1, place_BQ1)
+
+
+def choose_smallest_on_cpu(keys_BQT: np.ndarray, count: int) -> np.ndarray:
+    """Return what `choose_smallest` returns, where every row has the same count: several times faster than a sort."""
+    nth_BQ1 = np.partition(keys_BQT, count - 1, axis=-1)[..., count - 1 : count]
+    smallest = keys_BQT <= nth_BQ1
+    if np.count_nonzero(smallest) > nth_BQ1.size * count:
+        equal = keys_BQT == nth_BQ1
+        wanted_BQ1 = count - (smallest ^ equal).sum(axis=-1, keepdims=True)
+        smallest &= ~equal | (equal.cumsum(axis=-1) <= wanted_BQ1)
+    return smallest
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:

@@ -71,20 +71,25 @@ def activation_bytes(
         num_codebooks: Q.
         work: of one micro-batch.
         element_bytes: 2 for bf16, 4 for fp32.
-        recompute: the global encoder's blocks keep their input alone, and are computed again one by one (activation
-            checkpointing).
+        recompute: every block keeps its input alone, and they are computed again one by one (activation checkpointing).
     """
-    block = _kept(config.width, config.mlp_width)
-    blocks = config.layers * config.width + block if recompute else config.layers * block
-    frame = blocks + 2 * config.width  # the patch and the last norm's input
     local_width = config.local_width
-    local_block = _kept(local_width, config.local_mlp_width)
-    local_token = (config.local_layers - 1) * local_block + 6 * local_width
-    if num_codebooks == 2:
-        local_token -= config.local_layers * local_width
-    masked_token = local_block - 4 * local_width + 2 * local_width  # beside the block: the last norm's input and output
-    local_frame = num_codebooks * local_token + config.width
-    elements = work.frames * frame + work.local_frames * local_frame + work.masked_tokens * masked_token
+    block, local_block = _kept(config.width, config.mlp_width), _kept(local_width, config.local_mlp_width)
+    pair = local_width if num_codebooks == 2 else 0
+    last_token, last_masked_token = 6 * local_width - pair, local_block - 4 * local_width
+    local_tokens = work.local_frames * num_codebooks
+    between = work.frames * 2 * config.width  # the patch and the last norm's input
+    between += (
+        work.local_frames * config.width + work.masked_tokens * 2 * local_width
+    )  # x_PD; the last norm, both sides
+    within = [work.frames * block] * config.layers
+    within += [local_tokens * (local_block - pair)] * (config.local_layers - 1)
+    within += [local_tokens * last_token + work.masked_tokens * last_masked_token]
+    if recompute:
+        inputs = work.frames * config.layers * config.width + local_tokens * config.local_layers * local_width
+        elements = between + inputs + max(within)
+    else:
+        elements = between + sum(within)
     # per masked token: logits, their log-softmax in fp32, and its gradient
     return element_bytes * elements + work.masked_tokens * CODEBOOK_SIZE * (element_bytes + 4 + 4)
 

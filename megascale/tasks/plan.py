@@ -4,9 +4,13 @@ import math
 from dataclasses import dataclass
 
 from megascale.data.transforms import DropConfig, MaskConfig
+from megascale.errors import ConfigError
 from megascale.log import duration
 from megascale.model.config import ModelConfig
 from megascale.model.cost import Work, activation_bytes, training_flops
+from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters
+from megascale.tasks.pretrain_config import PretrainConfig
+from megascale.tokens import codebooks_for
 from megascale.train.device import REFERENCE_GPU, device_name, peak_tflops
 from megascale.train.memory import state_bytes
 
@@ -30,6 +34,40 @@ class Plan:
     recompute: bool = False
     offload: bool = False
     ema: bool = False
+
+
+def make_plan(config: PretrainConfig, model: MegaAudioFormer, ranks: int) -> Plan:
+    """Return the plan of a run on so many ranks. Raises ConfigError as `largest_micro_batch`."""
+    return Plan(
+        model=config.model,
+        num_codebooks=codebooks_for(config.data.bitrate_kbps),
+        num_frames=config.data.crop_frames,
+        mask=config.mask,
+        drop=config.drop,
+        num_weights=count_parameters(model),
+        num_global_weights=count_parameters(model.global_encoder),
+        precision=config.zero.precision,
+        micro_batch=largest_micro_batch(config, ranks),
+        recompute=config.train.activation_checkpointing,
+        offload=config.zero.offload_optimizer,
+        ema=config.train.ema_decay is not None,
+        num_clips=config.train.steps * config.train.global_batch,
+        mfu=config.log.plan_mfu,
+        peak_tflops=config.log.peak_tflops,
+    )
+
+
+def largest_micro_batch(config: PretrainConfig, ranks: int) -> int:
+    """Return the most clips a rank can take at a time: `train.micro_batch`, or the next below that divides its share.
+
+    Raises ConfigError unless the ranks have equal shares of a global batch.
+    """
+    share, rest = divmod(config.train.global_batch, ranks)
+    if rest:
+        raise ConfigError(
+            f"pretrain.train.global_batch={config.train.global_batch}: must be a multiple of {ranks} ranks"
+        )
+    return max(n for n in range(1, min(share, config.train.micro_batch) + 1) if share % n == 0)
 
 
 def clip_work(num_frames: int, num_codebooks: int, mask: MaskConfig) -> Work:
@@ -76,27 +114,28 @@ def cost_lines(plan: Plan, stage: int, ranks: int) -> list[str]:
     ]
 
 
-def _memory_lines(plan: Plan, stage: int, ranks: int) -> list[str]:
+def activation_gib(plan: Plan, recompute: bool | None = None) -> float:
+    """Return about what one micro-batch keeps for backward, GiB; `recompute` None asks the plan."""
+    recompute = plan.recompute if recompute is None else recompute
     one_clip = clip_work(plan.num_frames, plan.num_codebooks, plan.mask)
     work = Work(*(plan.micro_batch * value for value in one_clip))
     size = 2 if plan.precision == "bf16" else 4
-    kept, recomputed = (
-        activation_bytes(plan.model, plan.num_codebooks, work, size, recompute) for recompute in (False, True)
-    )
-    activations = recomputed if plan.recompute else kept
+    return activation_bytes(plan.model, plan.num_codebooks, work, size, recompute) / 2**30
+
+
+def _memory_lines(plan: Plan, stage: int, ranks: int) -> list[str]:
+    activations, otherwise = activation_gib(plan), activation_gib(plan, not plan.recompute)
     header = ("GPUs", "ZeRO", "weights", "gradients", "optimizer", "buffers", "activations", "sum")
     lines = [f"GiB on each GPU in {plan.precision} (activations are an estimate, see README):", _row(header)]
     for gpus in sorted({ranks, 8}):
         for choice in range(1 if plan.precision == "bf16" else 0, 4):
             state = state_bytes(plan.num_weights, choice, plan.precision, gpus, plan.offload and choice > 0, plan.ema)
-            cells = [f"{value / 2**30:.2f}" for value in (*state, activations, state.total + activations)]
+            gib = [value / 2**30 for value in state]
+            cells = [f"{value:.2f}" for value in (*gib, activations, sum(gib) + activations)]
             mark = "  <- this run" if (gpus, choice) == (ranks, stage) else ""
             lines.append(_row((str(gpus), str(choice), *cells)) + mark)
     other = "without recomputing blocks" if plan.recompute else "if blocks were recomputed"
-    lines.append(
-        f"activations of {plan.micro_batch} clips: about {activations / 2**30:.2f} GiB, "
-        f"{(kept if plan.recompute else recomputed) / 2**30:.2f} {other}"
-    )
+    lines.append(f"activations of {plan.micro_batch} clips: about {activations:.2f} GiB, {otherwise:.2f} {other}")
     return lines
 
 

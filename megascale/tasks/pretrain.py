@@ -11,35 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 
 from megascale import run_folder, seeding, storage
-from megascale.config import Section
 from megascale.data.folder import TokenFolder, split_held_out
-from megascale.data.loader import DataConfig, PretrainBatches, prefetch
+from megascale.data.loader import PretrainBatches, prefetch
 from megascale.data.order import Order, default_streams
 from megascale.data.resident import ResidentTokens, check_room, resident_bytes
-from megascale.data.transforms import DropConfig, MaskConfig
 from megascale.errors import ConfigError, DataError
 from megascale.log import MetricLog, duration, rank, read_metrics, say, world_size
-from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters, prepare_training
-from megascale.storage import StorageConfig
 from megascale.tasks.masked import DivergenceReport, Validator, masked_loss
-from megascale.tasks.plan import Plan, cost_lines
+from megascale.tasks.plan import Plan, activation_gib, cost_lines, largest_micro_batch, make_plan
+from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tasks.signals import Signals, note
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 from megascale.train import checkpoint
-from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.device import device_name, peak_tflops
+from megascale.train.device import device_name, peak_memory_gib, peak_tflops
 from megascale.train.engine import Engine, barrier, check_settings, init_distributed, make_deterministic, on_first_rank
 from megascale.train.loop import Hooks, fit
 from megascale.train.manifest import CHECKPOINTS
 from megascale.train.profiling import StepProfiler
 from megascale.train.saver import Saver, Start, find_start, resume
-from megascale.train.schedule import OptimConfig
 from megascale.train.uploads import Uploads, fetch_newest, upload_missing, uploading
-from megascale.train.zero import ZeroConfig, deepspeed_settings
+from megascale.train.zero import deepspeed_settings
 
 _MAY_CHANGE = (
     *("checkpoint.", "log.", "storage.", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
@@ -48,101 +42,13 @@ _MAY_CHANGE = (
 )
 
 
-class TrainConfig(Section):
-    """Length and batches."""
-
-    steps: int = Field(ge=1, description="updates")
-    global_batch: int = Field(ge=1, description="clips per update, over all ranks")
-    micro_batch: int = Field(
-        ge=1, description="clips per rank and forward pass; fewer where a rank's share asks for it"
-    )
-    activation_checkpointing: bool = Field(
-        False, description="keep what lies between blocks alone, and compute the rest again in the backward pass"
-    )
-    deterministic: bool = Field(
-        True,
-        description="only operators that give the same bits each time; without, a GPU may be faster and not resume exactly",
-    )
-    compile: bool = Field(False, description="torch.compile each Transformer block; needs a C++ compiler on CPUs")
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="also keep the weights' exponential moving average, in model_ema/; null: off"
-    )
-    validate_every: int = Field(1000, ge=1, description="updates between validations; the last is always validated")
-    valid_clips: int = Field(1024, ge=1, description="at most so many held-out clips are validated")
-
-
-class LogConfig(Section):
-    """What is reported where."""
-
-    every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
-    profile_steps: tuple[int, int] | None = Field(
-        None, description="first and last update, from 1, to record with torch.profiler, in RUN/profile/"
-    )
-    tensorboard: bool = Field(True, description="also log to RUN/tensorboard")
-    wandb_project: str | None = Field(None, description="also log to this wandb project (extra megascale[wandb])")
-    spike_stds: float = Field(
-        6.0, gt=0, description="a loss so many standard deviations above its recent mean is called a spike"
-    )
-    peak_tflops: float | None = Field(
-        None, gt=0, description="of one device, for MFU; null: by the GPU's name, and no MFU on a CPU"
-    )
-    plan_mfu: float = Field(0.4, gt=0, le=1, description="what --dry-run takes for MFU when it estimates hours")
-
-    @field_validator("profile_steps")
-    @classmethod
-    def _is_a_window(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError("must be first and last update, from 1")
-        return steps
-
-
-class RunOutputConfig(Section):
-    """Where the run lies."""
-
-    url: str = Field(description="run folder, on a local or shared disk")
-
-
-class PretrainConfig(Section):
-    """Everything `launch/pretrain.py` needs."""
-
-    data: DataConfig = Field(description="which tokens")
-    output: RunOutputConfig = Field(description="where the run lies")
-    model: ModelConfig = Field(ModelConfig(), description="the model's shape")
-    mask: MaskConfig = Field(MaskConfig(), description="which tokens are hidden")
-    drop: DropConfig = Field(DropConfig(), description="token-chunk drop")
-    optim: OptimConfig = Field(OptimConfig(), description="optimizer and schedule")
-    train: TrainConfig = Field(description="length and batches")
-    zero: ZeroConfig = Field(ZeroConfig(), description="DeepSpeed ZeRO")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when to save, what to keep")
-    log: LogConfig = Field(LogConfig(), description="what is reported where")
-    storage: StorageConfig = Field(StorageConfig(), description="object stores")
-    seed: int = Field(0, description="fixes weights, order, crops, drops and masks")
-
-
 def describe_plan(config: PretrainConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
     _check_folders(config)
     data, model = _open_data(config), _build_model(config)
-    manifest, micro_batch = data.folder.manifest, _micro_batch(config, world_size())
+    manifest = data.folder.manifest
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
-    plan = Plan(
-        model=config.model,
-        num_codebooks=data.folder.num_codebooks,
-        num_frames=round(config.data.clip_seconds * FRAMES_PER_SECOND),
-        mask=config.mask,
-        drop=config.drop,
-        num_weights=count_parameters(model),
-        num_global_weights=count_parameters(model.global_encoder),
-        precision=config.zero.precision,
-        micro_batch=micro_batch,
-        recompute=config.train.activation_checkpointing,
-        offload=config.zero.offload_optimizer,
-        ema=config.train.ema_decay is not None,
-        num_clips=config.train.steps * config.train.global_batch,
-        mfu=config.log.plan_mfu,
-        peak_tflops=config.log.peak_tflops,
-    )
     return "\n".join(
         [
             f"{len(data.train)} clips to train on, {len(data.valid)} held out, in {len(manifest.shards)} shards, "
@@ -150,7 +56,7 @@ def describe_plan(config: PretrainConfig) -> str:
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
             f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
             *_resident_lines(config, data),
-            *cost_lines(plan, config.zero.stage, world_size()),
+            *cost_lines(make_plan(config, model, world_size()), config.zero.stage, world_size()),
             f"-> {config.output.url}",
         ]
     )
@@ -180,9 +86,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
                 upload_missing(path / CHECKPOINTS, config.checkpoint)
         return finished
     data, model = _open_data(config), _build_model(config)
-    _micro_batch(config, world_size())
+    largest_micro_batch(config, world_size())
     if config.data.resident is not None:
-        check_room(resident_bytes(data.folder, data.train), config.data.resident)
+        check_room(resident_bytes(data.folder, data.train, config.data.resident), config.data.resident)
     locked = run_folder.lock(path) if rank() == 0 else nullcontext()
     with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
         return _train(config, path, data, model, uploads)
@@ -209,14 +115,14 @@ def _train(
         make_deterministic()
     rank, ranks = init_distributed()
     seeding.seed_torch(config.seed, "pretraining", rank)
-    micro_batch, checkpoints = _micro_batch(config, ranks), path / CHECKPOINTS
+    micro_batch, checkpoints = largest_micro_batch(config, ranks), path / CHECKPOINTS
     if config.checkpoint.upload_url is not None:
         on_first_rank(partial(fetch_newest, config.checkpoint.upload_url, checkpoints))
     found = find_start(checkpoints)
     if found is not None:
         _check_corpus(found, data.folder)
     on_first_rank(lambda: _write_config(config, path))
-    num_parameters = count_parameters(model)  # before ZeRO-3 takes them apart
+    plan = make_plan(config, model, ranks)  # before ZeRO-3 takes the weights apart
     prepare_training(model, config.train.activation_checkpointing, config.train.compile)
     engine = Engine(
         model,
@@ -241,7 +147,7 @@ def _train(
     )
     facts = model_facts(config, data.folder)
     saver = Saver(engine, checkpoints, config.checkpoint, facts, config.train.global_batch, uploads)
-    _announce(config, len(data.train), num_parameters, ranks, micro_batch)
+    _announce(config, plan, len(data.train), ranks)
     signals = _signals(config, path, validator, ranks, start)
     started = time.monotonic()
     with closing(log):
@@ -266,17 +172,27 @@ def _train(
         run_folder.write_result(path, result)
     barrier()
     say(
-        f"{config.train.steps} steps in {duration(result['wall_seconds'])}, best checkpoint {result['checkpoint']}; "
+        f"{config.train.steps} steps in {duration(result['wall_seconds'])}, at most {peak_memory_gib():.3g} GiB of memory; "
+        f"best checkpoint {result['checkpoint']}; "
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
     return result
 
 
-def _announce(config: PretrainConfig, num_clips: int, num_parameters: int, ranks: int, micro_batch: int) -> None:
+def _announce(config: PretrainConfig, plan: Plan, num_clips: int, ranks: int) -> None:
     say(
-        f"{num_parameters / 1e6:.2f}M parameters, {num_clips} clips; {ranks} ranks x "
-        f"{config.train.global_batch // ranks // micro_batch} micro-batches of {micro_batch}"
+        f"{plan.num_weights / 1e6:.2f}M parameters, {num_clips} clips; {ranks} ranks x "
+        f"{config.train.global_batch // ranks // plan.micro_batch} micro-batches of {plan.micro_batch}, "
+        f"about {activation_gib(plan):.2g} GiB of activations"
     )
+    if config.train.compile:
+        say("Transformer blocks are compiled (train.compile)")
+    elif device_name() is None:
+        say(
+            "Transformer blocks are not compiled: on a CPU, train.compile=true gained 2 to 5% after a minute of compiling"
+        )
+    else:
+        say("Transformer blocks are not compiled; `make bench-gpu` measures what train.compile=true gains here")
     if config.checkpoint.every % config.train.validate_every:
         say(
             f"checkpoint.every={config.checkpoint.every} is no multiple of train.validate_every="
@@ -326,9 +242,9 @@ def _open_data(config: PretrainConfig) -> _Data:
 def _resident_lines(config: PretrainConfig, data: _Data) -> list[str]:
     if config.data.resident is None:
         return []
-    size = resident_bytes(data.folder, data.train)
+    size = resident_bytes(data.folder, data.train, config.data.resident)
     return [
-        f"data.resident={config.data.resident}: each rank holds {len(data.train)} clips, {size / 1e9:.3g} GB of packed codes"
+        f"data.resident={config.data.resident}: each rank holds {len(data.train)} clips, {size / 1e9:.3g} GB of codes"
     ]
 
 
@@ -349,16 +265,6 @@ def _build_model(config: PretrainConfig) -> MegaAudioFormer:
     # a DeepSpeed JSON that does not fit is told before anything is written
     check_settings(deepspeed_settings(config.optim, config.zero, config.train.micro_batch, 1, count_parameters(model)))
     return model
-
-
-def _micro_batch(config: PretrainConfig, ranks: int) -> int:
-    """Return the most clips a rank can take at a time: `train.micro_batch`, or the next below that divides its share."""
-    share, rest = divmod(config.train.global_batch, ranks)
-    if rest:
-        raise ConfigError(
-            f"pretrain.train.global_batch={config.train.global_batch}: must be a multiple of {ranks} ranks"
-        )
-    return max(n for n in range(1, min(share, config.train.micro_batch) + 1) if share % n == 0)
 
 
 def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Engine:
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=zero.offload_optimizer or None)
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=self.settings)
         self.device = self._engine.device
         self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
@@ -311,9 +311,10 @@ class Engine:
         # every group gets the settings of the first, and norms would begin to decay
         for group, decay in zip(self._optimizer.param_groups, self._decays, strict=True):
             group["weight_decay"] = decay
-        # under ZeRO-3 all groups share one step counter, which each of them would count up
-        for state in optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        # under ZeRO-3 all groups share one step counter, which each of them would count up; fused AdamW wants it beside
+        # the weights
+        for partition, state in optimizer.optimizer.state.items():
+            state["step"] = state["step"].to(partition.device, copy=True)
 
 
 def convert(folder: Path, target: Path) -> None:

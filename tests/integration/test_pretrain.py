@@ -119,7 +119,7 @@ def test_torchrun_gives_every_byte_of_the_deepspeed_launcher(tokens, straight, t
 
 def test_tokens_held_in_memory_give_the_weights_of_tokens_that_are_read(tokens, straight, tmp_path):
     resident = [*arguments(tokens, tmp_path / "run", "data.resident=cpu"), "train.micro_batch=2"]
-    told = "data.resident=cpu: each rank holds 31 clips, 5.91e-06 GB of packed codes"
+    told = "data.resident=cpu: each rank holds 31 clips, 9.3e-06 GB of codes"
     assert told in run(command("pretrain.py", *resident, "--dry-run"))
     assert told in run(deepspeed(2, "pretrain.py", *resident))
     assert_equal_weights(weights(tmp_path / "run", 6), weights(straight, 6))

@@ -16,7 +16,7 @@ from megascale.config import Section
 from megascale.downstream.table1 import Table1Config
 from megascale.quickstart import QuickstartConfig
 from megascale.tasks.finetune import FinetuneConfig
-from megascale.tasks.pretrain import PretrainConfig
+from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tokenize.plan import TokenizeConfig
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 from support import write_token_folder
 
 from megascale.data.folder import TokenFolder
-from megascale.data.packed import gather_codes
+from megascale.data.packed import gather_codes, pack_clips, packed_bytes
 from megascale.data.resident import ResidentTokens, check_room, resident_bytes
 from megascale.errors import ConfigError
 
@@ -46,20 +46,23 @@ def test_what_a_gpu_would_gather_are_the_same_codes(stored, num_codebooks):
     if num_codebooks > len(codes[0]):
         pytest.skip("more than are stored")
     folder, clips = TokenFolder(str(path), 0.75 * num_codebooks), np.arange(400)
-    held = ResidentTokens(folder, clips, CPU)
+    data = torch.from_numpy(pack_clips(folder.whole(clips), folder.frames_N))
+    assert data.numel() == resident_bytes(folder, clips, "gpu")
+    sizes_B = packed_bytes(folder.frames_N.astype(np.int64) * num_codebooks)
     frame_BT = torch.from_numpy(folder.frames_N.astype(np.int64))[:, None] - torch.arange(1, 3)
     frame_BT = frame_BT.clamp(min=0)  # the last two of each clip, the last one first
-    codes_BTQ = gather_codes(held._data, torch.from_numpy(held._offset_N), frame_BT, num_codebooks)
+    codes_BTQ = gather_codes(data, torch.from_numpy(np.cumsum(sizes_B) - sizes_B), frame_BT, num_codebooks)
     assert codes_BTQ.dtype == torch.int64
     for codes_TQ, frame_T, codes_QT in zip(codes_BTQ, frame_BT, codes, strict=True):
         assert np.array_equal(codes_TQ.numpy(), codes_QT[:num_codebooks, frame_T.numpy()].T)
 
 
-def test_ten_seconds_take_1875_bytes_of_a_corpus_stored_at_any_bitrate(tmp_path):
+def test_ten_seconds_take_3000_bytes_on_a_cpu_and_1875_on_a_gpu_of_a_corpus_stored_at_any_bitrate(tmp_path):
     write_token_folder(tmp_path, 10, num_codebooks=8, frames=750)
     folder, clips = TokenFolder(str(tmp_path), 1.5), np.arange(1, 10)
-    assert 9 * 1875 <= resident_bytes(folder, clips) <= 9 * 1875 + 16
-    assert ResidentTokens(folder, clips, CPU)._data.numel() == resident_bytes(folder, clips)
+    assert resident_bytes(folder, clips, "gpu") == 9 * 1875
+    assert resident_bytes(folder, clips, "cpu") == 9 * 3000
+    assert ResidentTokens(folder, clips, CPU)._data.nbytes == 9 * 3000
 
 
 def test_reading_shows_how_far_it_is(stored, capsys):

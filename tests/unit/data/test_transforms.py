@@ -12,6 +12,8 @@ from megascale import seeding
 from megascale.data.transforms import (
     DropConfig,
     MaskConfig,
+    choose_smallest,
+    choose_smallest_on_cpu,
     draw_drop_share,
     draw_kept_frames,
     draw_masks,
@@ -108,6 +110,21 @@ def test_masks_of_codebooks_clips_epochs_and_seeds_are_drawn_apart(kind):
     for a, b in pairs:
         common = (a & b)[..., 0].sum(dim=1).double().mean()
         assert abs(common - 2.5) < 5 * 1.2 / 2000**0.5
+
+
+@pytest.mark.parametrize("largest", [1, 3, 40, 2**31 - 1])
+@pytest.mark.parametrize("count", [1, 7, 29, 30])
+def test_of_equal_keys_the_first_are_hidden_wherever_the_masks_are_drawn(largest, count):
+    """`choose_smallest`, which a GPU uses, asks nothing of its device, so it is tried on a CPU."""
+    keys_BQT = rng(count).integers(-largest, largest, (20, 3, 30), dtype=np.int32)
+    expected = np.zeros(keys_BQT.shape, dtype=bool)
+    np.put_along_axis(expected, keys_BQT.argsort(axis=-1, kind="stable")[..., :count], True, axis=-1)
+    assert np.array_equal(choose_smallest_on_cpu(keys_BQT, count), expected)
+    assert np.array_equal(choose_smallest(torch.from_numpy(keys_BQT), np.full(20, count), None), expected)
+    longer_BQT = np.concatenate([keys_BQT, np.full((20, 3, 5), -largest, dtype=np.int32)], axis=-1)
+    found = choose_smallest(torch.from_numpy(longer_BQT), np.full(20, count), torch.arange(35).expand(20, -1) < 30)
+    assert np.array_equal(found[..., :30], expected)
+    assert not found[..., 30:].any(), "padding is never hidden"
 
 
 def test_token_masks_of_two_codebooks_meet_at_every_pair_of_frames_alike():

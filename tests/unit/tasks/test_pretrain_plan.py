@@ -2,18 +2,24 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megascale.config import load_config
 from megascale.data.transforms import DropConfig, MaskConfig, draw_drop_share, draw_masks, removed_frames
 from megascale.model.config import ModelConfig
 from megascale.model.cost import Work, activation_bytes, training_flops
+from megascale.model.mega_audioformer import MegaAudioFormer
 from megascale.seeding import clip_seeds
-from megascale.tasks.plan import Plan, clip_work, cost_lines, mean_flops
+from megascale.tasks.plan import Plan, activation_gib, clip_work, cost_lines, make_plan, mean_flops
+from megascale.tasks.pretrain_config import PretrainConfig
+from megascale.tokens import codebooks_for
 from megascale.train.memory import state_bytes
 
+ROOT = Path(__file__).parents[3]
 SMALL = ModelConfig(layers=2, width=32, heads=2, mlp_width=48, local_layers=1, local_width=16, local_heads=1)
 
 
@@ -92,3 +98,26 @@ def test_unknown_gpu_gives_no_hours_but_says_what_to_set(monkeypatch):
     monkeypatch.setattr("megascale.tasks.plan.device_name", lambda: "Some GPU")
     last = cost_lines(plan(peak_tflops=None), 1, 1)[-1]
     assert last.endswith("no peak is known of Some GPU: set log.peak_tflops for an estimate of hours")
+
+
+def gib_of_a_gpu(recipe: str, gpus: int, *overrides: str) -> float:
+    """What a recipe takes on each of so many GPUs, GiB."""
+    path = str(ROOT / "configs" / "pretrain" / recipe)
+    config = load_config(PretrainConfig, "pretrain", path, ["data.url=tokens", *overrides])
+    num_codebooks = codebooks_for(config.data.bitrate_kbps)
+    planned = make_plan(config, MegaAudioFormer(config.model, num_codebooks, torch.Generator()), gpus)
+    state = state_bytes(planned.num_weights, config.zero.stage, planned.precision, gpus)
+    return state.total / 2**30 + activation_gib(planned)
+
+
+@pytest.mark.parametrize("recipe", ["paper_1k5.yaml", "paper_12k.yaml"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_papers_recipes_fit_a_gpu_of_80_gb_and_leave_room_for_the_allocator(recipe, gpus):
+    assert gib_of_a_gpu(recipe, gpus) < 0.4 * 80e9 / 2**30
+
+
+def test_clips_of_30_seconds_fit_with_recomputation_and_not_without():
+    """Twice the recipe's micro-batch."""
+    longer = ("data.clip_seconds=30", "train.micro_batch=128")
+    assert gib_of_a_gpu("paper_1k5.yaml", 8, *longer) > 80e9 / 2**30
+    assert gib_of_a_gpu("paper_1k5.yaml", 8, *longer, "train.activation_checkpointing=true") < 0.4 * 80e9 / 2**30
