@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megascale.bench import rivals, train
 from megascale.bench.rivals import FLAT, MEGABYTE, MEGABYTE_DEFAULT, MODERNBERT, OURS, PLAIN
 from megascale.model.config import ModelConfig
+from megascale.model.cost import Work, training_flops
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = {
@@ -106,6 +107,13 @@ def test_tiny_run_writes_table_and_plots(tmp_path, monkeypatch, capsys):
         assert {OURS, PLAIN, FLAT} < set(entry["seconds"])
         assert all(len(values) == 2 and min(values) > 0 for values in entry["seconds"].values())
         assert {PLAIN, FLAT, "local stage, computed plainly"} <= set(entry["times_ours"])
+        assert entry["operations_times_ours"].keys() == entry["times_ours"].keys()
+        assert min(entry["operations_times_ours"].values()) > 1, "every rival computes more"
+        num_codebooks, num_frames = sizes
+        masked_BTQ = train.draw_batch(1, num_frames, num_codebooks)["masked_BTQ"]
+        work = Work(num_frames, num_frames**2, float(masked_BTQ.any(dim=-1).sum()), float(masked_BTQ.sum()))
+        if num_codebooks > 2:  # attention between two tokens is no matrix product, and is not counted by torch
+            assert entry["operations"][OURS] == training_flops(plan.model, num_codebooks, work)
     assert [point["frames"] for point in facts["by_length"]] == [4, 8]
     assert [point["codebooks"] for point in facts["by_codebooks"]] == [2, 4]
     assert facts["versions"]["torch"] == torch.__version__
