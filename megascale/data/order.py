@@ -44,19 +44,19 @@ class Order:
         """Return the epoch of a global batch and its clips, int64 (global_batch,), stream after stream: rank r of R
         serves the r-th of R equal parts. No clip comes twice in an epoch."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        each = self.global_batch // self.streams
-        length = self.num_clips // self.streams
-        places = position * each + np.arange(each)
-        sequence = np.concatenate([s * length + self._shuffled(epoch, s, places, length) for s in range(self.streams)])
-        return epoch, self._clip_at(epoch, sequence)
+        each, length = self.global_batch // self.streams, self.num_clips // self.streams
+        places = self._shuffled(epoch, position * each + np.arange(each), length)
+        return epoch, self._clip_at(epoch, (places + length * np.arange(self.streams)[:, None]).reshape(-1))
 
-    def _shuffled(self, epoch: int, stream: int, places: np.ndarray, length: int) -> np.ndarray:
+    def _shuffled(self, epoch: int, places: np.ndarray, length: int) -> np.ndarray:
+        """Return what comes at these places (int64) of every stream, (streams, places)."""
         windows, inside = np.divmod(places, self.window)
-        out = np.empty_like(places)
-        for w in np.unique(windows):
+        out = np.empty((self.streams, len(places)), dtype=np.int64)
+        for w in np.unique(windows).tolist():
             size = min(self.window, length - w * self.window)
             here = windows == w
-            out[here] = w * self.window + _permutation(self.seed, epoch, stream, int(w), int(size))[inside[here]]
+            for stream in range(self.streams):
+                out[stream, here] = w * self.window + _permutation(self.seed, epoch, stream, w, size)[inside[here]]
         return out
 
     def _clip_at(self, epoch: int, sequence: np.ndarray) -> np.ndarray:
