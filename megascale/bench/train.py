@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megascale.bench import measure, rivals
 from megascale.bench.rivals import FLAT, MEGABYTE, MODERNBERT, OURS, PLAIN, Batch
@@ -182,8 +181,15 @@ def _local_stage(model: MegaAudioFormer, batch: Batch, width: int) -> dict[str, 
 
 def _forward_operations(loss: Callable[[], Tensor]) -> int:
     """Count the operations of matrix products, attention's included: all pairs, also those a causal mask hides."""
-    # torch counts attention only where it is made of products
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def attention(
+        q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *rest: Any, **more: Any
+    ) -> int:
+        return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+    # the CPU's fused attention, which torch does not know how to count
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         loss()
     return counter.get_total_flops()
 
