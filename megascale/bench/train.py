@@ -229,7 +229,8 @@ def _plot(name: str, points: list[dict[str, Any]], x: Sequence[float], label: st
     axes = figure.add_subplot()
     for number, rival in enumerate(points[0]["seconds"]):
         y = [np.median(point["seconds"][rival]) for point in points]
-        axes.plot(x, y, marker="o", lw=2.5 if rival == OURS else 1.5, color=f"C{number}", label=rival)
+        line = "--" if rival == MODERNBERT else "-"  # it lies on the flat Transformer
+        axes.plot(x, y, line, marker="o", lw=2.5 if rival == OURS else 1.5, color=f"C{number}", label=rival)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds a training step, one thread")
     axes.set_xticks(list(x), [f"{value:g}" for value in x])
     axes.minorticks_off()
