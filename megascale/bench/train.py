@@ -168,14 +168,16 @@ def _local_stage(model: MegaAudioFormer, batch: Batch, width: int) -> dict[str, 
     """Return the loss given the global encoder's output, of whose forward and backward it is."""
     shape = batch["codes_BTQ"].shape
     x_BTD = torch.randn(*shape[:2], width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    frame_P = batch["masked_BTQ"].any(dim=-1).flatten().nonzero()[:, 0]
+    x_PD = x_BTD.detach().flatten(0, 1)[frame_P].requires_grad_()
 
-    def given() -> Tensor:
+    def given(x: Tensor) -> Tensor:
         # torch's counter of operations cannot take what wants a gradient where there are none
-        return x_BTD if torch.is_grad_enabled() else x_BTD.detach()
+        return x if torch.is_grad_enabled() else x.detach()
 
     return {
-        _LOCAL: lambda: model.predict(given(), batch["codes_BTQ"], batch["masked_BTQ"]).loss_Q.mean(),
-        _LOCAL_PLAIN: lambda: rivals.plain_loss(model, given(), batch),
+        _LOCAL: lambda: model.predict(given(x_PD), frame_P, batch["codes_BTQ"], batch["masked_BTQ"]).loss_Q.mean(),
+        _LOCAL_PLAIN: lambda: rivals.plain_loss(model, given(x_BTD), batch),
     }
 
 

@@ -27,17 +27,21 @@ class Work(NamedTuple):
 def forward_flops(config: ModelConfig, num_codebooks: int, work: Work) -> float:
     """Return the operations of MegaAudioFormer's forward pass; a test holds them against torch's own count."""
     width, local_width = config.width, config.local_width
-    frame = width * width + config.layers * _block(width, config.mlp_width)
+    block, keys_values = _block(width, config.mlp_width), 2 * width**2
+    # the last block computes keys and values alone for frames without a masked token
+    frame = width * width + (config.layers - 1) * block + keys_values
     # every query is held against every key, and every value is weighed: D multiplications each
     frame_pair = config.layers * 2 * width
     local_block = _block(local_width, config.local_mlp_width)
-    keys_values = 2 * local_width**2  # all that the last block computes for tokens that are not masked
+    local_keys_values = 2 * local_width**2  # the same for tokens that are not masked
     local_frame = (
-        width * local_width  # Q slots of D/Q
-        + num_codebooks * ((config.local_layers - 1) * local_block + keys_values)
+        block
+        - keys_values
+        + width * local_width  # Q slots of D/Q
+        + num_codebooks * ((config.local_layers - 1) * local_block + local_keys_values)
         + config.local_layers * 2 * local_width * num_codebooks**2
     )
-    masked_token = local_block - keys_values + local_width * CODEBOOK_SIZE
+    masked_token = local_block - local_keys_values + local_width * CODEBOOK_SIZE
     return 2 * (
         work.frames * frame
         + work.frame_pairs * frame_pair
@@ -61,10 +65,10 @@ def activation_bytes(
     """Estimate the bytes that forward keeps for backward, and the logits with their gradient.
 
     A block keeps, per position, 8 D + 4 x its MLP width: both norms' inputs and outputs, q, k, v, attention's output;
-    gate, up, silu(gate), and their product. The local encoder's last block keeps 6 L per token, and 4 L + 4 x its MLP
-    width per masked token. Scores are taken not to be kept (flash attention), norms to be fused; between two codebooks
-    attention keeps differences of keys and values, L less per token and layer. What the allocator and kernels need
-    besides is not in it.
+    gate, up, silu(gate), and their product. Each encoder's last block keeps 6 D per position, and 4 D + 4 x its MLP width
+    per frame that holds a masked token, or per masked token. Scores are taken not to be kept (flash attention), norms to be
+    fused; between two codebooks attention keeps differences of keys and values, L less per token and layer. What the
+    allocator and kernels need besides is not in it.
 
     Args:
         config: the model's shape.
@@ -76,15 +80,13 @@ def activation_bytes(
     local_width = config.local_width
     block, local_block = _kept(config.width, config.mlp_width), _kept(local_width, config.local_mlp_width)
     pair = local_width if num_codebooks == 2 else 0
-    last_token, last_masked_token = 6 * local_width - pair, local_block - 4 * local_width
     local_tokens = work.local_frames * num_codebooks
-    between = work.frames * 2 * config.width  # the patch and the last norm's input
-    between += (
-        work.local_frames * config.width + work.masked_tokens * 2 * local_width
-    )  # x_PD; the last norm, both sides
-    within = [work.frames * block] * config.layers
+    between = work.frames * config.width + work.local_frames * 2 * config.width  # the patch; the last norm, both sides
+    between += work.masked_tokens * 2 * local_width  # the local one's
+    within = [work.frames * block] * (config.layers - 1)
+    within += [work.frames * 6 * config.width + work.local_frames * (block - 4 * config.width)]
     within += [local_tokens * (local_block - pair)] * (config.local_layers - 1)
-    within += [local_tokens * last_token + work.masked_tokens * last_masked_token]
+    within += [local_tokens * (6 * local_width - pair) + work.masked_tokens * (local_block - 4 * local_width)]
     if recompute:
         inputs = work.frames * config.layers * config.width + local_tokens * config.local_layers * local_width
         elements = between + inputs + max(within)

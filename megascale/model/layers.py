@@ -82,8 +82,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         q_BTD, k_BTD, v_BTD = self.q_proj(take(x_BTD, asked_M)), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if asked_M is not None:
-            # scores are next to nothing beside projections (2 to 16 positions against a width of 256): queries that nobody
-            # asked for are zeros, and keys and values need not be gathered for each query
+            # scores are little beside projections: queries that nobody asked for are zeros, and keys and values need not be
+            # gathered for each query
             q_BTD = torch.zeros_like(k_BTD).flatten(0, 1).index_copy(0, asked_M, q_BTD).view_as(k_BTD)
         q_BTNH, k_BTNH, v_BTNH = (x.unflatten(-1, (self.heads, -1)) for x in (q_BTD, k_BTD, v_BTD))
         y_BTNH = attend(rotate(q_BTNH, cos, sin), rotate(k_BTNH, cos, sin), v_BTNH, valid_BT)

@@ -21,6 +21,7 @@ from megascale.model.config import ModelConfig
 from megascale.model.layers import INIT_STD, NORM_EPS, Block, Blocks, initialise, rotary
 from megascale.tokens import CODEBOOK_SIZE
 
+_COMPILED_VERSIONS = 64  # torch's own limit is 8, and beyond it a block runs eager
 _CODE_STD = 0.2  # of the codes' embeddings; everything else starts at INIT_STD or below
 
 
@@ -74,13 +75,15 @@ class GlobalEncoder(nn.Module):
         masked_BTQ: Tensor | None = None,
         positions_BT: Tensor | None = None,
         valid_BT: Tensor | None = None,
+        asked_P: Tensor | None = None,
     ) -> Tensor:
-        """Return x_BTD. Without positions, frames count from 0; without valid, every frame is real."""
+        """Return x_BTD; given asked_P, frames counted as b T + t, x_PD for these. Without positions, frames count from 0;
+        without valid, every frame is real."""
         if positions_BT is None:
             positions_BT = torch.arange(codes_BTQ.shape[1], device=codes_BTQ.device)[None]
         cos, sin = rotary(positions_BT, self.config.width // self.config.heads, self.config.rope_theta)
         x_BTD = self.patch_proj(self.embedding(codes_BTQ, masked_BTQ).flatten(2))
-        return self.norm(self.blocks(x_BTD, cos, sin, valid_BT))
+        return self.norm(self.blocks(x_BTD, cos, sin, valid_BT, asked_P))
 
 
 class LocalEncoder(nn.Module):
@@ -135,14 +138,16 @@ class MegaAudioFormer(nn.Module):
         self, codes_BTQ: Tensor, masked_BTQ: Tensor, positions_BT: Tensor, valid_BT: Tensor | None = None
     ) -> MaskedTokenOutput:
         """Predict the masked tokens. Each clip must hide equally many tokens of every codebook, at least one."""
-        return self.predict(self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT), codes_BTQ, masked_BTQ)
-
-    def predict(self, x_BTD: Tensor, codes_BTQ: Tensor, masked_BTQ: Tensor) -> MaskedTokenOutput:
-        """Do what comes after the global encoder, whose output x_BTD is."""
-        num_frames, num_codebooks = codes_BTQ.shape[1:]
         # frames without a masked token have no loss, and frames don't see each other in the local encoder
         frame_P = masked_BTQ.any(dim=-1).flatten().nonzero()[:, 0]
-        x_PD, codes_PQ, masked_PQ = (x.flatten(0, 1).index_select(0, frame_P) for x in (x_BTD, codes_BTQ, masked_BTQ))
+        x_PD = self.global_encoder(codes_BTQ, masked_BTQ, positions_BT, valid_BT, frame_P)
+        return self.predict(x_PD, frame_P, codes_BTQ, masked_BTQ)
+
+    def predict(self, x_PD: Tensor, frame_P: Tensor, codes_BTQ: Tensor, masked_BTQ: Tensor) -> MaskedTokenOutput:
+        """Do what comes after the global encoder, whose output x_PD is for frames frame_P (int64, counted as b T + t), all
+        that hold a masked token."""
+        num_frames, num_codebooks = codes_BTQ.shape[1:]
+        codes_PQ, masked_PQ = (x.flatten(0, 1).index_select(0, frame_P) for x in (codes_BTQ, masked_BTQ))
         # (q, p) order groups the masked tokens by codebook; equally many of each make one batched product
         q_A, p_A = masked_PQ.T.nonzero(as_tuple=True)
         asked_A = p_A * num_codebooks + q_A
@@ -192,6 +197,8 @@ def prepare_training(module: nn.Module, recompute: bool, compile: bool) -> None:
         if isinstance(part, Blocks):
             part.recompute = recompute
             if compile:
+                # all blocks share one function, and each shape class (dropped, padded, validated, last block) is a version
+                torch._dynamo.config.recompile_limit = _COMPILED_VERSIONS
                 for block in part:
                     block.compile()
 

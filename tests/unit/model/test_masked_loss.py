@@ -64,21 +64,29 @@ def test_gradients_are_the_plain_ones(num_codebooks, lengths):
 
 
 @pytest.mark.parametrize("num_codebooks", [2, 16])
-def test_local_work_is_done_for_masked_tokens_alone(num_codebooks):
-    """Rows that each product of the local encoder gets: nothing is computed that is thrown away."""
+def test_products_are_computed_for_what_the_loss_needs_alone(num_codebooks):
+    """Rows that each product gets: frames with a masked token after the last global attention, masked tokens after the
+    last local one."""
     model, batch = build(num_codebooks), draw_batch(num_codebooks, (12, 12))
+    batch["masked_BTQ"][:] = False
+    for q in range(num_codebooks):  # half of the frames hold none, also at Q = 16
+        batch["masked_BTQ"][:, [1 + q % 3, 4 + q % 3], q] = True
     rows: dict[str, int] = {}
-    for name, module in model.local_encoder.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, x, y, name=name: rows.update({name: y.numel() // y.shape[-1]}))
     model(**batch)
     masked_BTQ = batch["masked_BTQ"]
-    every, masked = int(masked_BTQ.any(dim=-1).sum()) * num_codebooks, int(masked_BTQ.sum())
-    assert masked < every
-    lean = {"attention.q_proj", "attention.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-    assert len(rows) == 1 + 2 * 7
+    frames, tokens = int(masked_BTQ.any(dim=-1).sum()), int(masked_BTQ.sum())
+    assert frames < 24 and tokens < frames * num_codebooks
+    lean = tuple(
+        f"blocks.1.{part}" for part in ("attention.q_proj", "attention.o_proj", "mlp.gate", "mlp.up", "mlp.down")
+    )
+    assert len(rows) == 1 + 2 * 7 + 1 + 2 * 7
     for name, count in rows.items():
-        assert count == (masked if name.removeprefix("blocks.1.") in lean else every), name
+        scale, _, part = name.partition(".")
+        every, asked = (24, frames) if scale == "global_encoder" else (frames * num_codebooks, tokens)
+        assert count == (asked if part.startswith(lean) else every), name
 
 
 @pytest.mark.parametrize("lengths", [(12, 12, 12, 12), (12, 3, 7, 5)])

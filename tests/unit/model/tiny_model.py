@@ -42,13 +42,10 @@ def draw_batch(num_codebooks: int = 2, lengths: tuple[int, ...] = (12, 12, 12), 
 
 
 def seen(model: MegaAudioFormer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run the model; return what the global and the local encoder put out: all that predictions are made from."""
+    """Return what the global encoder puts out for every frame, and the local one for masked tokens, when the model runs."""
     caught = []
-    hooks = [
-        part.register_forward_hook(lambda *call: caught.append(call[2].detach()))
-        for part in (model.global_encoder, model.local_encoder)
-    ]
+    hook = model.local_encoder.register_forward_hook(lambda *call: caught.append(call[2].detach()))
     model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return caught[0], caught[1]
+    hook.remove()
+    inputs = (batch["codes_BTQ"], batch["masked_BTQ"], batch["positions_BT"], batch.get("valid_BT"))
+    return model.global_encoder(*inputs).detach(), caught[0]
