@@ -27,7 +27,7 @@ _TILE = 64 * SAMPLES_PER_FRAME
 _SEGMENT = 12 * _TILE  # the deepest layers and the LSTM have few columns and large weights: more columns at a time
 
 _MOST_SAMPLES = 640 * 75 * SAMPLES_PER_FRAME  # at once on a GPU, whose first layer makes 128 bytes of each
-_MOST_CHANGED = 0.005  # share of codebook 0's codes that a lower precision may change
+MOST_CHANGED = 0.005  # share of codebook 0's codes that a lower precision may change
 
 Memory = dict["_Conv", torch.Tensor]  # of one clip: the last columns that each convolution has seen
 
@@ -91,20 +91,24 @@ class BatchedEncoder:
         """Encode clips: float32 24 kHz mono, (S,) each. Returns codes_QT, int16, of each."""
         return self._encode(clips, num_codebooks, self._precision)
 
+    def shares_changed(self, clips: Sequence[np.ndarray], num_codebooks: int) -> tuple[float, float]:
+        """Encode clips in fp32 too. Returns the share of codes that the precision changes: of codebook 0, and of all."""
+        exact = np.concatenate(self._encode(clips, num_codebooks, "fp32"), axis=1)
+        changed_QN = exact != np.concatenate(self.encode(clips, num_codebooks), axis=1)
+        return float(changed_QN[0].mean()), float(changed_QN.mean())
+
     def check_precision(self, clips: Sequence[np.ndarray], num_codebooks: int) -> tuple[float, float]:
-        """Encode clips in fp32 too. Returns the share of codes that the precision changes: of codebook 0, and of all.
+        """Return `shares_changed`, and let the precision be used.
 
         Once is enough for a process: what it depends on, the device and its libraries, stays.
 
         Raises ConfigError if it changes more than 0.5% of codebook 0's codes.
         """
-        exact = np.concatenate(self._encode(clips, num_codebooks, "fp32"), axis=1)
-        changed_QN = exact != np.concatenate(self.encode(clips, num_codebooks), axis=1)
-        first, every = float(changed_QN[0].mean()), float(changed_QN.mean())
-        if first > _MOST_CHANGED:
+        first, every = self.shares_changed(clips, num_codebooks)
+        if first > MOST_CHANGED:
             raise ConfigError(
                 f"tokenize.codec.precision={self._precision}: changes {first:.2%} of codebook 0's codes on this device "
-                f"({_MOST_CHANGED:.1%} are allowed); use fp32, in another tokenize.output.url"
+                f"({MOST_CHANGED:.1%} are allowed); use fp32, in another tokenize.output.url"
             )
         self.is_checked = True
         return first, every
