@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from megascale.data.index import StoredClip
 from megascale.config import validate
+from megascale.data.index import StoredClip
 from megascale.downstream.protocols import SPLITS, TaskConfig, classes_of, split_clips, taking_part, targets_of
 from megascale.errors import ConfigError, DataError
 

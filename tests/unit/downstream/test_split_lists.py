@@ -78,5 +78,5 @@ def test_lists_are_read_from_any_url_and_a_missing_one_is_named():
     config = ListsConfig(**{side: f"memory://lists/{side}.txt" for side in SIDES})
     assert match_lists(config, ["train.wav", "valid.wav", "test.wav"])[0] == {f"{side}.wav": side for side in SIDES}
     gone = config.model_copy(update={"test": "memory://lists/gone.txt"})
-    with pytest.raises(StorageError, match="^memory://lists/gone.txt: "):
+    with pytest.raises(StorageError, match=r"^memory://lists/gone\.txt: "):
         match_lists(gone, [])
