@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megascale import run_folder, seeding, storage
 from megascale.data.index import Manifest
+from megascale.downstream.split_lists import match_lists
 from megascale.errors import CheckpointError, ConfigError
 from megascale.log import say, world_size
 from megascale.model.config import ModelConfig
@@ -25,8 +26,10 @@ from megascale.train.engine import init_distributed
 
 
 def check(config: FinetuneConfig) -> None:
-    """Check tokens and checkpoint against the config without reading a clip. Raises what `run` would."""
+    """Check tokens, checkpoint and lists against the config without reading a clip. Raises what `run` would."""
     storage.configure(config.storage)
+    if config.task.protocol == "lists":
+        match_lists(config.task.lists, [])
     _build_model(config, open_manifest(config), ["?", "??"])
 
 

@@ -67,7 +67,9 @@ def test_gtzans_broken_file_is_quarantined_and_kaggles_copy_gives_the_same_shard
     for tokens in (gtzan / "tokens", tmp_path / "tokens"):
         (bad,) = [json.loads(line) for line in (tokens / "quarantine.jsonl").read_text().splitlines()]
         assert bad["url"].endswith("/jazz/jazz.00054.wav")
-    shards = [{k: v for k, v in hashes(t).items() if k.endswith(".tar")} for t in (gtzan / "tokens", tmp_path / "tokens")]
+    shards = [
+        {k: v for k, v in hashes(t).items() if k.endswith(".tar")} for t in (gtzan / "tokens", tmp_path / "tokens")
+    ]
     assert shards[0] == shards[1] and len(shards[0]) == 2
 
 
