@@ -78,7 +78,7 @@ def score_labels(targets_RC: np.ndarray, probabilities_RC: np.ndarray, classes: 
     some have and some have not. d' = sqrt(2) x Phi^-1(mean AUC); it has no bound, and is None where the AUC is 1 or 0,
     as the AUC is where no class has both. (Hershey et al. 2017, arXiv:1609.09430, section 3.3)
     """
-    per_class: dict[str, dict[str, float | None]] = {}
+    per_class: dict[str, dict[str, Any]] = {}
     for name, target_R, probability_R in zip(classes, targets_RC.T > 0, probabilities_RC.T, strict=True):
         count = int(target_R.sum())
         divided = 0 < count < len(target_R)
@@ -89,11 +89,10 @@ def score_labels(targets_RC: np.ndarray, probabilities_RC: np.ndarray, classes: 
         }
     precisions, areas = ([row[key] for row in per_class.values() if row[key] is not None] for key in ("ap", "auc"))
     auc = float(np.mean(areas)) if areas else None
-    bounded = auc is not None and 0 < auc < 1
     return {
         "map": float(np.mean(precisions)) if precisions else None,
         "auc": auc,
-        "d_prime": math.sqrt(2) * NormalDist().inv_cdf(auc) if auc is not None and bounded else None,
+        "d_prime": math.sqrt(2) * NormalDist().inv_cdf(auc) if auc is not None and 0 < auc < 1 else None,
         "count": len(targets_RC),
         "per_class": per_class,
         "classes": classes,
