@@ -37,7 +37,7 @@ def score_baselines(row: LabelledTokens, seed: int) -> dict[str, Any]:
     """Score a log-mel logistic regression, and the most frequent class, on the same clips and split as the cells."""
     manifest = read_manifest(row.url)
     clips = taking_part(read_clips(row.url, manifest, 1), row.task)
-    classes, splits = classes_of(clips, row.task.label), split_clips(clips, row.task, seed)
+    classes, splits = classes_of(clips, row.task), split_clips(clips, row.task, seed)
     url_of = _recording_urls(manifest)
     features: dict[str, np.ndarray] = {}
     targets: dict[str, np.ndarray] = {}

@@ -1,7 +1,7 @@
 """Small real inputs for tests: audio files, and token folders written by the package's own writers."""
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,11 +51,12 @@ def write_token_folder(
     fingerprint: str = FINGERPRINT,
     codes: np.ndarray | None = None,
     clips_per_recording: int = 1,
+    labels: Callable[[int], dict[str, object]] = lambda i: {"class": ("low", "high")[i % 2]},
 ) -> list[np.ndarray]:
     """Write a committed token folder of two classes and three splits; return each clip's codes_QT in order.
 
     Codes are random, or `codes` (num_clips, Q, T); `frames` may be each clip's own.
-    Clip i is labelled `class` = low or high by i % 2.
+    Clip i is labelled `class` = low or high by i % 2, or as `labels` says.
     """
     rng = np.random.default_rng(7)
     lengths = [frames] * num_clips if isinstance(frames, int) else list(frames)
@@ -67,7 +68,7 @@ def write_token_folder(
             recording=f"recording-{i // clips_per_recording:04d}",
             start_seconds=0.0,
             duration_seconds=lengths[i] / FRAMES_PER_SECOND,
-            labels={"class": ("low", "high")[i % 2]},
+            labels=labels(i),
             split=("train", "train", "train", "train", "valid", "valid", "test", "test")[i % 8],
         )
         for i in range(num_clips)
@@ -100,14 +101,16 @@ def write_token_folder(
     return made
 
 
-def write_paced_tokens(folder: Path, num_clips: int, num_codebooks: int = 16, fingerprint: str = FINGERPRINT) -> None:
+def write_paced_tokens(
+    folder: Path, num_clips: int, num_codebooks: int = 16, fingerprint: str = FINGERPRINT, **options: object
+) -> None:
     """Write a token folder that can be learned: a clip counts up from its start, `low` clips by 3 and `high` ones by 7."""
     rng = np.random.default_rng(11)
     start_N = rng.integers(0, 64, num_clips)
     pace_N = np.where(np.arange(num_clips) % 2 == 0, 3, 7)
     codes_NT = (start_N[:, None] + pace_N[:, None] * np.arange(75)) % 64
     codes_NQT = np.stack([(codes_NT + 11 * q) % 64 for q in range(num_codebooks)], axis=1)
-    write_token_folder(folder, num_clips, fingerprint=fingerprint, codes=codes_NQT)
+    write_token_folder(folder, num_clips, fingerprint=fingerprint, codes=codes_NQT, **options)  # type: ignore[arg-type]
 
 
 def write_pretrained(folder: Path, num_codebooks: int, fingerprint: str = FINGERPRINT) -> None:

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from megascale.downstream.protocols import score
+from megascale.downstream.scores import score
 from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, num_frames
 
 _WINDOW = 1024
@@ -72,7 +72,7 @@ def logistic_regression(
         classes: their names.
 
     Returns:
-        As `protocols.score`, and the chosen strength `C`.
+        As `scores.score`, and the chosen strength `C`.
     """
     fits = []
     for strength in _STRENGTHS:

@@ -1,19 +1,19 @@
-"""Splits and scores: who is trained on, who chooses the model, who is tested, and what counts as good.
+"""Labels and splits: what a clip is, who is trained on, who chooses the model, and who is tested.
 
-Everything is decided by recording: windows of one recording never lie on two sides, and they are averaged before
-scoring.
+Everything is decided by recording: windows of one recording never lie on two sides.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from megascale import seeding
 from megascale.config import Section
 from megascale.data.index import StoredClip
+from megascale.downstream.split_lists import ListsConfig, match_lists
 from megascale.errors import DataError
 
 T = TypeVar("T")
@@ -25,78 +25,136 @@ _PAPER_SHARES = (0.1, 0.1)
 class TaskConfig(Section):
     """What is classified, and how the clips are split."""
 
-    label: str = Field(description="which label of the clips: genre, instrument_family_str, class, ...")
+    label: str = Field(description="which label of the clips: genre, instrument_family_str, pitch, class, tags, ...")
+    kind: Literal["single", "multi"] = Field(
+        "single",
+        description="single: the label is one class a clip; multi: a list of any number, such as AudioSet's tags",
+    )
     classes: list[str] | None = Field(
         None, min_length=2, description="values of the label that take part; clips of others are left out. null: all"
     )
-    protocol: Literal["official", "paper", "stratified"] = Field(
+    protocol: Literal["official", "paper", "stratified", "folds", "lists"] = Field(
         "paper",
-        description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below",
+        description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below; "
+        "folds: cross-validation; lists: files that name them",
     )
     valid_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that chooses the model")
     test_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that is tested")
+    folds: int = Field(10, ge=3, description="folds: number of stratified parts, which the seed draws")
+    fold: int = Field(0, ge=0, description="folds: the part that is tested; the next one chooses the model")
+    lists: ListsConfig = Field(ListsConfig(), description="lists: a text file for each split")
+    group: str | None = Field(
+        None, description="a label that should not lie on two sides, looked for and told; null: instrument_str, if any"
+    )
 
     @model_validator(mode="after")
-    def _something_to_train_on(self) -> "TaskConfig":
+    def _is_complete(self) -> "TaskConfig":
         if self.valid_share + self.test_share >= 1:
             raise ValueError("valid_share and test_share must leave something to train on")
+        if self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold} must be one of the {self.folds} folds, 0 to {self.folds - 1}")
+        missing = [name for name, url in self.lists.model_dump().items() if url is None]
+        if self.protocol == "lists" and missing:
+            raise ValueError(f"lists.{missing[0]} is required for protocol=lists")
         return self
 
 
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
 def taking_part(clips: Iterable[StoredClip], config: TaskConfig) -> list[StoredClip]:
-    """Return the clips that are classified: all, or those whose label is one of `task.classes`.
+    """Return the clips that are classified: all, or those whose label is (or holds) one of `task.classes`.
 
     Raises:
-        DataError: no clip carries one of these classes.
+        DataError: no clip carries one of these classes, or a label is not what `task.kind` says.
     """
     if config.classes is None:
         return list(clips)
-    label, chosen = config.label, config.classes
-    kept = [clip for clip in clips if label in clip.labels and str(clip.labels[label]) in chosen]
-    missing = set(chosen) - {str(clip.labels[label]) for clip in kept}
+    kept = [
+        clip for clip in clips if config.label in clip.labels and set(values_of(clip, config)) & set(config.classes)
+    ]
+    missing = set(config.classes) - {value for clip in kept for value in values_of(clip, config)}
     if missing:
-        raise DataError(f"task.classes: no clip has the {label} {min(missing)!r}")
+        raise DataError(f"task.classes: no clip has the {config.label} {min(missing)!r}")
     return kept
 
 
-def classes_of(clips: Sequence[StoredClip], label: str) -> list[str]:
-    """Return the classes, sorted.
+def values_of(clip: StoredClip, config: TaskConfig) -> tuple[str, ...]:
+    """Return the classes of a clip: one, or (`task.kind=multi`) those of its list that take part, sorted.
 
     Raises:
-        DataError: a clip lacks the label or carries several values of it, or there are fewer than two classes.
+        DataError: the clip lacks the label, or carries several values where one is asked for, or one for several.
     """
-    for clip in clips:
-        if label not in clip.labels:
-            known = ", ".join(sorted(clip.labels)) or "none"
-            raise DataError(f"{clip.source}: has no label {label!r} (task.label); its labels: {known}")
-        if isinstance(clip.labels[label], list | dict):
-            raise DataError(f"{clip.source}: task.label={label} holds several values; a clip needs one class")
-    names = sorted({str(clip.labels[label]) for clip in clips})
+    label = config.label
+    if label not in clip.labels:
+        known = ", ".join(sorted(clip.labels)) or "none"
+        raise DataError(f"{clip.source}: has no label {label!r} (task.label); its labels: {known}")
+    value = clip.labels[label]
+    if config.kind == "single":
+        if isinstance(value, list | dict):
+            raise DataError(f"{clip.source}: task.label={label} holds several values; one a clip, or task.kind=multi")
+        return (str(value),)
+    if not isinstance(value, list):
+        raise DataError(f"{clip.source}: task.label={label} holds one value, {value!r}; task.kind=multi takes lists")
+    return tuple(sorted({str(v) for v in value if config.classes is None or str(v) in config.classes}))
+
+
+def classes_of(clips: Sequence[StoredClip], config: TaskConfig) -> list[str]:
+    """Return the classes, sorted. Raises DataError as `values_of`, and if there are fewer than two classes."""
+    names = sorted({value for clip in clips for value in values_of(clip, config)})
     if len(names) < 2:
-        raise DataError(f"task.label={label}: {len(names)} class; a classifier needs at least two")
+        raise DataError(f"task.label={config.label}: {len(names)} class; a classifier needs at least two")
     return names
+
+
+def targets_of(clips: Sequence[StoredClip], classes: list[str], config: TaskConfig) -> np.ndarray:
+    """Return class numbers, int64 (N,), or (`task.kind=multi`) which labels each clip has, float32 (N, C).
+
+    A clip that carries no one of `classes` has -1, or no label.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    values = [values_of(clip, config) for clip in clips]
+    if config.kind == "single":
+        return np.array([number.get(value, -1) for (value,) in values], dtype=np.int64)
+    targets_NC = np.zeros((len(clips), len(classes)), dtype=np.float32)
+    for row, carried in zip(targets_NC, values, strict=True):
+        row[[number[value] for value in carried if value in number]] = 1.0
+    return targets_NC
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
 
 
 def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int) -> Splits:
     """Split clips by protocol. Which side a recording lies on doesn't depend on the order of the clips.
 
+    Where clips have several labels, a recording counts for its rarest one when parts of equal make-up are drawn.
+
     Returns:
         `train`, `valid` and `test`: positions in `clips`.
 
     Raises:
-        DataError: a split would be empty, a recording carries two classes, or (official) lies on two sides.
+        DataError: a split would be empty, the windows of a recording carry other labels or lie on two sides, a class has
+            too few recordings to be divided, or a list contradicts another or fits several recordings.
+        StorageError: a list cannot be read.
     """
-    class_of = _one_each(clips, [str(clip.labels[config.label]) for clip in clips], f"labelled ({config.label})")
+    carried = [values_of(clip, config) for clip in clips]
+    told: Sequence[object] = [values[0] for values in carried] if config.kind == "single" else carried
+    _one_each(clips, told, f"labelled ({config.label})")
     if config.protocol == "official":
         side = _one_each(clips, [clip.split for clip in clips], "in the splits")
+    elif config.protocol == "lists":
+        side_of_source, _ = match_lists(config.lists, {clip.source for clip in clips})
+        side = _one_each(clips, [side_of_source.get(clip.source) for clip in clips], "in the lists of")
     else:
-        shares = _PAPER_SHARES if config.protocol == "paper" else (config.valid_share, config.test_share)
-        side = dict(_stratified(class_of, shares, seed))
+        values_of_recording = dict(zip([clip.recording for clip in clips], carried, strict=True))
+        side = dict(_drawn(values_of_recording, config, seed))
     splits = {name: [i for i, clip in enumerate(clips) if side[clip.recording] == name] for name in SPLITS}
     for name, members in splits.items():
         if not members:
             known = ", ".join(sorted({clip.split for clip in clips if clip.split})) or "none"
             hint = f"; the corpus's own splits: {known}" if config.protocol == "official" else ""
+            hint = f"; task.lists.{name} names no clip of the tokens" if config.protocol == "lists" else hint
             raise DataError(
                 f"task.protocol={config.protocol}: the {name} split is empty ({len(clips)} clips in all){hint}"
             )
@@ -115,61 +173,36 @@ def _one_each(clips: Sequence[StoredClip], values: Sequence[T], what: str) -> di
     return found
 
 
-def _stratified(class_of: dict[str, str], shares: tuple[float, float], seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (recording, side), the same shares of every class."""
-    for name in sorted(set(class_of.values())):
-        recordings = sorted(recording for recording, found in class_of.items() if found == name)
-        valid, test = (max(1, round(share * len(recordings))) for share in shares)
-        if valid + test >= len(recordings):
+def _drawn(values_of_recording: dict[str, tuple[str, ...]], config: TaskConfig, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (recording, side): of every class the same shares, or every fold the same share."""
+    for name, recordings in sorted(_strata(values_of_recording).items()):
+        rng = seeding.generator(seed, "folds" if config.protocol == "folds" else "split", name)
+        order = rng.permutation(len(recordings))
+        side_of_place = _places(len(recordings), config, rng)
+        if side_of_place is None and config.kind == "single":
             raise DataError(f"class {name!r}: {len(recordings)} recordings are too few to train, choose and test with")
-        order = seeding.generator(seed, "split", name).permutation(len(recordings))
         for place, i in enumerate(order):
-            yield recordings[i], "valid" if place < valid else "test" if place < valid + test else "train"
+            # where a clip has several labels there are always rare ones, and they are at least learned
+            yield recordings[i], side_of_place(place) if side_of_place is not None else "train"
 
 
-def average_windows(
-    probabilities_NC: np.ndarray, targets_N: np.ndarray, recordings: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Average the class probabilities of the windows of each recording.
-
-    Returns:
-        probabilities_RC and targets_R for the R recordings, and their names, in order of first appearance.
-    """
-    names = list(dict.fromkeys(recordings))
-    row_of = {name: i for i, name in enumerate(names)}
-    rows_N = np.array([row_of[name] for name in recordings])
-    sums_RC = np.zeros((len(names), probabilities_NC.shape[1]))
-    np.add.at(sums_RC, rows_N, probabilities_NC)
-    targets_R = np.zeros(len(names), dtype=targets_N.dtype)
-    targets_R[rows_N] = targets_N
-    return sums_RC / np.bincount(rows_N)[:, None], targets_R, names
+def _places(count: int, config: TaskConfig, rng: np.random.Generator) -> Callable[[int], str] | None:
+    """Return the side of each place in a shuffled class of `count` recordings; None if they are too few."""
+    if config.protocol == "folds":
+        first = int(rng.integers(config.folds))  # else the rests of all classes would lie in the first folds
+        sides = {config.fold: "test", (config.fold + 1) % config.folds: "valid"}
+        return (lambda place: sides.get((first + place) % config.folds, "train")) if count >= 3 else None
+    shares = _PAPER_SHARES if config.protocol == "paper" else (config.valid_share, config.test_share)
+    valid, test = (max(1, round(share * count)) for share in shares)
+    if valid + test >= count:
+        return None
+    return lambda place: "valid" if place < valid else "test" if place < valid + test else "train"
 
 
-def score(targets_R: np.ndarray, predicted_R: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """Return accuracy, macro-F1, per-class scores, the confusion matrix (rows: truth) and the count.
-
-    Macro-F1 is the mean over the classes that occur in the test set: NSynth's `synth_lead` has no test clip and would
-    otherwise count as a failure of every model. Predictions of an absent class still cost the true one.
-    """
-    present = sorted(set(targets_R.tolist()))
-    numbers = list(range(len(classes)))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        targets_R, predicted_R, labels=numbers, zero_division=0
-    )
-    return {
-        "accuracy": float((targets_R == predicted_R).mean()),
-        "macro_f1": float(f1_score(targets_R, predicted_R, labels=present, average="macro", zero_division=0)),
-        "count": len(targets_R),
-        "chance": float(np.bincount(targets_R).max() / len(targets_R)),
-        "per_class": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "count": int(support[i]),
-            }
-            for i, name in enumerate(classes)
-        },
-        "confusion": confusion_matrix(targets_R, predicted_R, labels=numbers).tolist(),
-        "classes": classes,
-    }
+def _strata(values_of_recording: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """Return the recordings, sorted, by class: by the rarest that each carries, and '' if none."""
+    counts = Counter(value for values in values_of_recording.values() for value in values)
+    strata: dict[str, list[str]] = defaultdict(list)
+    for recording, values in sorted(values_of_recording.items()):
+        strata[min(values, key=lambda value: (counts[value], value), default="")].append(recording)
+    return strata

@@ -132,30 +132,33 @@ class Engine:
         num_steps: int,
         ema_decay: float | None = None,
         universal: bool = False,
+        first_step: int = 0,
+        rate_share: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """
         Args:
             model: forward(**batch) returns what the loss function takes; entries named `targets_…` are for the loss alone.
+                Weights that need no gradient now stay as they are.
             optim: AdamW and its schedule.
             zero: what is sharded, and the precision.
             micro_batch: clips per rank and forward pass.
             accumulation: forward passes per update.
-            num_steps: length of the schedule.
+            num_steps: length of the schedule, in updates.
             ema_decay: keep an exponential moving average of the weights, too.
             universal: whether `load` will get a checkpoint that `convert` made.
+            first_step: the update at which the schedule begins.
+            rate_share: the share of the learning rate that the weight of this name gets.
 
         Raises:
             ConfigError: the user's DeepSpeed JSON does not fit.
         """
         self._optim, self.stage, self._num_steps, self._accumulation = optim, zero.stage, num_steps, accumulation
+        self._first_step = first_step
         self.universal = universal and zero.stage > 0  # ZeRO-0 keeps everything on every rank: nothing to convert
         self.settings = deepspeed_settings(
             optim, zero, micro_batch, accumulation, sum(p.numel() for p in model.parameters()), self.universal
         )
-        groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        groups, self._shares = _parameter_groups(model, optim.weight_decay, rate_share)
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=self.settings)
         self.device = self._engine.device
@@ -180,9 +183,9 @@ class Engine:
             NonFiniteError: on every rank, before the update.
         """
         assert len(micro_batches) == self._accumulation, "the loader cuts what the engine expects"
-        lr = self._optim.lr * lr_factor(step, self._num_steps, self._optim)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._optim.lr * lr_factor(step - self._first_step, self._num_steps, self._optim)
+        for group, share in zip(self._optimizer.param_groups, self._shares, strict=True):
+            group["lr"] = lr * share
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for batch in micro_batches:
@@ -315,6 +318,24 @@ class Engine:
         # the weights
         for partition, state in optimizer.optimizer.state.items():
             state["step"] = state["step"].to(partition.device, copy=True)
+
+
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, rate_share: Callable[[str], float]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Return AdamW's groups, and each one's share of the learning rate; matrices decay, norms and biases do not."""
+    by_share: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_share.setdefault(rate_share(name), []).append(parameter)
+    groups, shares = [], []
+    for share, parameters in by_share.items():
+        matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+        for members, decay in ((matrices, weight_decay), (others, 0.0)):
+            if members:
+                groups.append({"params": members, "weight_decay": decay})
+                shares.append(share)
+    return groups, shares
 
 
 def convert(folder: Path, target: Path) -> None:

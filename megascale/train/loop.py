@@ -29,6 +29,7 @@ class Hooks:
         it was written down; None writes nothing.
     save: steps and the newest validation metrics (empty if there are none for this step); None keeps nothing.
     note: metrics -> what the progress line says.
+    enough: asked after each validation, whether to end there, and to be answered alike on every rank; None never does.
     """
 
     summarise: Callable[[dict[str, Tensor], float], dict[str, float]]
@@ -36,6 +37,7 @@ class Hooks:
     save: Callable[[int, dict[str, float]], None] | None
     note: Callable[[dict[str, float]], str]
     diverged: Callable[[int, list[Batch], list[float]], str] | None = None
+    enough: Callable[[], bool] | None = None
 
 
 def fit(
@@ -52,7 +54,9 @@ def fit(
     save_every: int,
     profiler: StepProfiler | None = None,
 ) -> None:
-    """Train from update `start` to `num_steps`. `batches` yields this rank's micro-batches, from `start` on.
+    """Train from update `start` to `num_steps`, or until it is enough.
+
+    `batches` yields this rank's micro-batches, from `start` on.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; that update was not done.
@@ -94,13 +98,16 @@ def fit(
                 validated = hooks.validate(done)
                 if validated:
                     log.write(done, validated)
+                last = last or (hooks.enough is not None and hooks.enough())
             stopping = any_rank(stop.asked)
-            if hooks.save is not None and (saving or stopping):
+            if hooks.save is not None and (saving or stopping or last):
                 hooks.save(done, validated)
             since += time.monotonic() - paused  # reports tell of training alone
             if stopping and not last:
                 kept = "nothing of it is kept" if hooks.save is None else "saved"
                 raise Stopped(f"stopped after step {done}, {kept}; run the same command to go on")
+            if last:
+                break
 
 
 def _diverged(hooks: Hooks, step: int, micro_batches: list[Batch], failure: NonFiniteError) -> TrainingDiverged:

@@ -28,7 +28,7 @@ def pretrained(tokens, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("arm", ["scratch", "ft", "ft_aug"])
+@pytest.mark.parametrize("arm", ["scratch", "probe", "ft", "ft_aug"])
 def test_every_arm_writes_the_result_files_of_the_contract(tokens, pretrained, tmp_path, arm):
     printed = run(finetune(tokens, pretrained, tmp_path / "run", f"arm={arm}", "seed=3"))
     assert str(tmp_path / "run") in printed.splitlines()[-1]
@@ -38,7 +38,9 @@ def test_every_arm_writes_the_result_files_of_the_contract(tokens, pretrained, t
     assert (result["checkpoint"] is None) == (arm == "scratch")
     assert result["split_sizes"] == {"train": 24, "valid": 8, "test": 8} and result["count"] == 8
     assert sum(map(sum, result["confusion"])) == 8
-    assert {"accuracy", "macro_f1", "per_class", "classes", "wall_seconds"} <= result.keys()
+    assert {"accuracy", "macro_f1", "per_class", "classes", "wall_seconds", "split_check"} <= result.keys()
+    assert result["clip"]["count"] == 8 and result["last_epoch"] == 2
+    assert f"split: {result['split_check']['summary']}" in printed
     rows = list(csv.DictReader((tmp_path / "run" / "predictions.csv").open()))
     assert len(rows) == 8
     right = sum(row["label"] == row["predicted"] for row in rows)

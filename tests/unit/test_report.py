@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megascale import report
-from megascale.downstream.protocols import score
+from megascale.downstream.scores import score
 from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER
 from megascale.log import read_metrics
 

@@ -1,26 +1,22 @@
-"""Splits and scores: nothing that is tested was trained on, and a score is what its name says."""
+"""Labels and splits: nothing that is tested was trained on, whatever the protocol."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from megascale.config import validate
 from megascale.data.index import StoredClip
-from megascale.downstream.protocols import (
-    SPLITS,
-    TaskConfig,
-    average_windows,
-    classes_of,
-    score,
-    split_clips,
-    taking_part,
-)
-from megascale.errors import DataError
+from megascale.downstream.protocols import SPLITS, TaskConfig, classes_of, split_clips, taking_part, targets_of
+from megascale.errors import ConfigError, DataError
 
 PAPER = TaskConfig(label="genre", protocol="paper")
 STRATIFIED = TaskConfig(label="genre", protocol="stratified", valid_share=0.2, test_share=0.3)
 OFFICIAL = TaskConfig(label="genre", protocol="official")
+FOLDS = TaskConfig(label="genre", protocol="folds")
+MULTI = TaskConfig(label="genre", kind="multi")
 
 
 def clip(recording: str, label: object = "rock", split: str | None = None, window: int = 0) -> StoredClip:
@@ -54,7 +50,7 @@ def test_every_clip_takes_part_unless_classes_are_named():
     named = PAPER.model_copy(update={"classes": ["jazz", "folk"]})
     chosen = taking_part(iter(clips), named)
     assert chosen == [c for c in clips if c.labels["genre"] != "rock"]
-    assert classes_of(chosen, "genre") == ["folk", "jazz"]
+    assert classes_of(chosen, named) == ["folk", "jazz"]
 
 
 def test_clip_without_the_label_takes_no_part_where_classes_are_named():
@@ -164,8 +160,8 @@ def test_shares_that_leave_nothing_to_train_on_are_refused(shares):
 
 
 def test_classes_are_sorted_names():
-    assert classes_of([clip("a", "rock"), clip("b", "jazz"), clip("c", "rock")], "genre") == ["jazz", "rock"]
-    assert classes_of([clip("a", 2), clip("b", 10)], "genre") == ["10", "2"]
+    assert classes_of([clip("a", "rock"), clip("b", "jazz"), clip("c", "rock")], PAPER) == ["jazz", "rock"]
+    assert classes_of([clip("a", 2), clip("b", 10)], PAPER) == ["10", "2"]
 
 
 @pytest.mark.parametrize(
@@ -177,55 +173,151 @@ def test_classes_are_sorted_names():
         (
             [clip("a", ["/m/1", "/m/2"]), clip("b", ["/m/1"])],
             "genre",
-            "a.wav: task.label=genre holds several values; a clip needs one class",
+            "a.wav: task.label=genre holds several values; one a clip, or task.kind=multi",
         ),
     ],
 )
 def test_labels_that_cannot_be_classified_are_refused(clips, label, text):
     with pytest.raises(DataError) as failure:
-        classes_of(clips, label)
+        classes_of(clips, TaskConfig(label=label))
     assert str(failure.value) == text
 
 
-def test_windows_are_averaged_by_recording_wherever_they_stand():
-    probabilities = np.array([[1.0, 0.0], [0.2, 0.8], [0.0, 1.0], [0.4, 0.6], [0.5, 0.5]])
-    averaged, targets, names = average_windows(probabilities, np.array([0, 1, 0, 1, 0]), ["b", "a", "b", "a", "c"])
-    assert names == ["b", "a", "c"]
-    assert np.allclose(averaged, [[0.5, 0.5], [0.3, 0.7], [0.5, 0.5]], atol=1e-12)  # sums of two doubles
-    assert targets.tolist() == [0, 1, 0]
+def test_targets_are_numbers_of_classes():
+    clips = [clip("a", 60), clip("b", 7), clip("c", 60)]
+    classes = classes_of(clips, PAPER)
+    targets = targets_of(clips, classes, PAPER)
+    assert (targets.dtype, [classes[i] for i in targets]) == (np.int64, ["60", "7", "60"])
+    assert targets_of([*clips, clip("d", 8)], classes, PAPER).tolist()[-1] == -1
 
 
-def test_average_can_overrule_most_windows():
-    averaged, _, _ = average_windows(np.array([[0.6, 0.4], [0.6, 0.4], [0.0, 1.0]]), np.array([1, 1, 1]), ["a"] * 3)
-    assert averaged.argmax(axis=1).tolist() == [1]
+# ------------------------------------------------------------------------------------------------------- several labels
 
 
-def test_scores_are_those_computed_by_hand():
-    #           truth:  a a a a b b c, predicted: a a b c b a c
-    found = score(np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 2, 1, 0, 2]), ["a", "b", "c"])
-    assert found["accuracy"] == pytest.approx(4 / 7)
-    assert found["count"] == 7
-    assert found["chance"] == pytest.approx(4 / 7)
-    # F1 = 2 TP / (2 TP + FP + FN)
-    f1 = {"a": 4 / (4 + 1 + 2), "b": 2 / (2 + 1 + 1), "c": 2 / (2 + 1 + 0)}
-    assert {name: row["f1"] for name, row in found["per_class"].items()} == pytest.approx(f1)
-    assert found["macro_f1"] == pytest.approx(sum(f1.values()) / 3)
-    assert found["per_class"]["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": f1["a"], "count": 4})
+def test_several_labels_become_classes_and_rows_of_targets():
+    clips = [clip("a", ["/m/2", "/m/1", "/m/2"]), clip("b", []), clip("c", ["/m/3"])]
+    assert classes_of(clips, MULTI) == ["/m/1", "/m/2", "/m/3"]
+    targets = targets_of(clips, ["/m/1", "/m/2", "/m/3"], MULTI)
+    assert (targets.dtype, targets.tolist()) == (np.float32, [[1, 1, 0], [0, 0, 0], [0, 0, 1]])
 
 
-def test_confusion_rows_are_truth_and_columns_are_predictions():
-    found = score(np.array([0, 0, 0, 1]), np.array([2, 2, 0, 1]), ["a", "b", "c"])
-    assert found["confusion"] == [[1, 0, 2], [0, 1, 0], [0, 0, 0]]
-    assert found["classes"] == ["a", "b", "c"]
+def test_clips_of_none_of_the_named_classes_are_left_out_and_other_labels_forgotten():
+    clips = [clip("a", ["/m/1", "/m/2"]), clip("b", ["/m/3"]), clip("c", ["/m/2", "/m/3"])]
+    named = MULTI.model_copy(update={"classes": ["/m/1", "/m/2"]})
+    chosen = taking_part(clips, named)
+    assert [c.recording for c in chosen] == ["a", "c"]
+    assert classes_of(chosen, named) == ["/m/1", "/m/2"]
+    assert targets_of(chosen, ["/m/1", "/m/2"], named).tolist() == [[1, 1], [0, 1]]
 
 
-def test_class_absent_from_the_test_set_is_not_in_the_macro_mean():
-    targets, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
-    found = score(targets, predicted, ["a", "b", "absent"])
-    assert found["macro_f1"] == pytest.approx((1.0 + 2 / 3) / 2)  # b: precision 1, recall 1/2
-    assert found["per_class"]["absent"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
-    assert score(targets, np.array([0, 0, 1, 1]), ["a", "b", "absent"])["macro_f1"] == 1.0
+@pytest.mark.parametrize("wrong", ["rock", 3, None, {"rock": 1}])
+def test_one_value_where_a_list_is_wanted_is_refused(wrong):
+    with pytest.raises(DataError) as failure:
+        classes_of([clip("a", ["rock"]), clip("b", wrong)], MULTI)
+    assert str(failure.value) == (f"b.wav: task.label=genre holds one value, {wrong!r}; task.kind=multi takes lists")
 
 
-def test_class_that_is_never_predicted_counts_as_zero():
-    assert score(np.array([0, 0, 1]), np.array([0, 0, 0]), ["a", "b"])["macro_f1"] == pytest.approx(0.8 / 2)
+def test_kind_is_checked_before_clips_are_left_out():
+    with pytest.raises(DataError, match=r"^a\.wav: task\.label=genre holds several values"):
+        taking_part([clip("a", ["rock"]), clip("b", "jazz")], PAPER.model_copy(update={"classes": ["rock", "jazz"]}))
+
+
+def test_rare_labels_are_divided_first_and_the_rarest_are_at_least_learned():
+    tags = [["speech", "whistle"]] * 20 + [["speech"]] * 60 + [["speech", "xylophone"]] + [[]] * 20
+    clips = [clip(f"r{i:03d}", labels) for i, labels in enumerate(tags)]
+    splits = split_clips(clips, MULTI, seed=0)
+    of_side = {name: Counter(tag for i in members for tag in tags[i]) for name, members in splits.items()}
+    assert [of_side[name]["whistle"] for name in SPLITS] == [16, 2, 2]
+    assert [of_side[name]["speech"] for name in SPLITS] == [64 + 1, 8, 8]
+    assert [of_side[name]["xylophone"] for name in SPLITS] == [1, 0, 0]
+    assert sum(not tags[i] for i in splits["test"]) == 2
+
+
+def test_windows_that_disagree_in_one_label_of_several_are_refused():
+    clips = [clip("a", ["x", "y"]), clip("a", ["y", "x"], window=1), clip("a", ["x"], window=2)]
+    assert message(clips, MULTI) == ("a.wav: windows of recording 'a' are labelled (genre) ('x', 'y') and ('x',)")
+
+
+# ---------------------------------------------------------------------------------------------------------------- folds
+
+
+def test_each_recording_is_tested_once_and_validated_once_over_the_folds():
+    clips = corpus({"rock": 100, "jazz": 37, "folk": 3}, windows=2)
+    tested, chosen = Counter(), Counter()
+    for fold in range(10):
+        splits = split_clips(clips, FOLDS.model_copy(update={"fold": fold}), seed=5)
+        assert sorted(i for members in splits.values() for i in members) == list(range(len(clips)))
+        tested.update(clips[i].recording for i in splits["test"])
+        chosen.update(clips[i].recording for i in splits["valid"])
+        # a class is divided evenly, and always learned
+        of_class = Counter(clips[i].labels["genre"] for i in splits["test"])
+        assert of_class["rock"] == 2 * 10 and of_class["jazz"] in (2 * 3, 2 * 4) and of_class["folk"] in (0, 2)
+        assert {clips[i].labels["genre"] for i in splits["train"]} == {"rock", "jazz", "folk"}
+    assert set(tested.values()) == set(chosen.values()) == {2}
+    assert len(tested) == len(chosen) == 140
+
+
+def test_next_fold_chooses_the_model():
+    clips = corpus({"rock": 40, "jazz": 40})
+    folds = [split_clips(clips, FOLDS.model_copy(update={"fold": k, "folds": 4}), seed=0) for k in range(4)]
+    assert [folds[k]["valid"] for k in range(4)] == [folds[(k + 1) % 4]["test"] for k in range(4)]
+
+
+def test_rests_of_the_classes_do_not_gather_in_one_fold():
+    clips = corpus({f"genre-{i:02d}": 11 for i in range(50)})
+    sizes = [len(split_clips(clips, FOLDS.model_copy(update={"fold": k}), seed=0)["test"]) for k in range(10)]
+    assert sum(sizes) == 550 and max(sizes) < 50 + 25, "all 50 rests would make 100 of one fold"
+
+
+def test_music_speech_in_ten_folds():
+    clips = corpus({"music": 64, "speech": 64})
+    sizes = [
+        [len(members) for members in split_clips(clips, FOLDS.model_copy(update={"fold": k}), 0).values()]
+        for k in range(10)
+    ]
+    assert all(train + valid + test == 128 and 12 <= test <= 14 for train, valid, test in sizes)
+
+
+def test_fold_that_there_is_not_and_classes_that_cannot_be_divided_are_refused():
+    with pytest.raises(ConfigError) as failure:
+        validate(TaskConfig, "task", {"label": "genre", "protocol": "folds", "folds": 5, "fold": 5})
+    assert str(failure.value) == "task: fold=5 must be one of the 5 folds, 0 to 4"
+    assert message(corpus({"rock": 20, "jazz": 2}), FOLDS) == (
+        "class 'jazz': 2 recordings are too few to train, choose and test with"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- lists
+
+
+def lists(folder: Path, **names: list[str]) -> TaskConfig:
+    """Write a list for each split, and return the task that reads them."""
+    urls = {}
+    for side in SPLITS:
+        (folder / f"{side}.txt").write_text("".join(f"{name}\n" for name in names[side]))
+        urls[side] = str(folder / f"{side}.txt")
+    return TaskConfig.model_validate({"label": "genre", "protocol": "lists", "lists": urls})
+
+
+def test_lists_say_who_lies_where_and_the_seed_does_not(tmp_path):
+    clips = corpus({"rock": 4, "jazz": 4}, windows=2, together=False)
+    task = lists(tmp_path, train=["rock-000.wav", "jazz-003.wav"], valid=["rock-002.wav"], test=["jazz-001.wav"])
+    found = split_clips(clips, task, seed=0)
+    named = {side: {clips[i].recording for i in members} for side, members in found.items()}
+    assert named == {"train": {"rock-000", "jazz-003"}, "valid": {"rock-002"}, "test": {"jazz-001"}}
+    assert [len(members) for members in found.values()] == [4, 2, 2]
+    assert split_clips(clips, task, seed=1) == found
+
+
+def test_list_that_leaves_a_split_empty_is_refused(tmp_path):
+    task = lists(tmp_path, train=["rock-000.wav"], valid=["rock-001.wav"], test=["other/rock-000.wav"])
+    assert message(corpus({"rock": 4}), task) == (
+        "task.protocol=lists: the test split is empty (4 clips in all); task.lists.test names no clip of the tokens"
+    )
+
+
+def test_lists_are_asked_for():
+    tree = {"label": "genre", "protocol": "lists", "lists": {"train": "a.txt", "test": "b.txt"}}
+    with pytest.raises(ConfigError) as failure:
+        validate(TaskConfig, "task", tree)
+    assert str(failure.value) == "task: lists.valid is required for protocol=lists"

@@ -154,3 +154,29 @@ def test_universal_checkpoint_goes_on_as_if_it_were_none(tmp_path, stage):
         straight.train_step(step, batches(step), loss_fn)
         resumed.train_step(step, batches(step), loss_fn)
     assert equal(resumed.full_weights(), straight.full_weights())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_weight_gets_its_share_of_the_rate_and_the_schedule_begins_where_it_is_told(stage):
+    """Under AdamW's first update every weight moves by the rate, so that the moves have the ratio of the shares."""
+    shares = {"first.weight": 0.25, "first.bias": 0.25, "second.weight": 1.0, "second.bias": 1.0}
+    optim = OptimConfig(lr=0.1, weight_decay=0.0, warmup_share=0.5)
+    shared = Engine(Net(), optim, ZeroConfig(stage=stage), 2, 2, 10, first_step=20, rate_share=shares.__getitem__)
+    before = shared.full_weights()
+    lr = float(shared.train_step(20, batches(0), loss_fn)["lr"])
+    assert lr == pytest.approx(0.1 / 6), "the first of five steps of warmup"
+    for name, value in shared.full_weights().items():
+        move = (value - before[name]).abs()
+        torch.testing.assert_close(move, torch.full_like(move, lr * shares[name]), rtol=1e-3, atol=0)  # AdamW's epsilon
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weight_that_needs_no_gradient_stays_as_it_is(stage):
+    model = Net()
+    model.first.requires_grad_(False)
+    frozen = Engine(model, OptimConfig(lr=0.1, weight_decay=0.5), ZeroConfig(stage=stage), 2, 2, 10)
+    before = frozen.full_weights()
+    for step in range(3):
+        frozen.train_step(step, batches(step), loss_fn)
+    after = frozen.full_weights()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"second.weight", "second.bias"}

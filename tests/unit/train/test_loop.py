@@ -65,15 +65,19 @@ class Job:
         self.loss_fn: LossFn = loss_fn
         self.profiler: StepProfiler | None = None
         self.diverged: list[tuple[int, int, list[float]]] = []
+        self.enough_at: int | None = None
 
     def run(self, start: int = 0, log_every: int = 3, validate_every: int = 4, save_every: int = 5) -> None:
         log = MetricLog(self._path / "metrics.jsonl", start)
-        hooks = Hooks(self._summarise, self._validate, self._save, lambda metrics: "", self._diverged)
+        hooks = Hooks(self._summarise, self._validate, self._save, lambda metrics: "", self._diverged, self._enough)
         every = (log_every, validate_every, save_every)
         try:
             fit(self.engine, self._batches(start), self.loss_fn, hooks, log, "job", start, STEPS, *every, self.profiler)
         finally:
             log.close()
+
+    def _enough(self) -> bool:
+        return self.enough_at is not None and ("validate", self.enough_at) in self.events
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         for step in range(start, STEPS):
@@ -285,3 +289,15 @@ def test_time_of_validations_and_saves_is_not_counted_as_training(tmp_path, monk
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert [row["train/seconds"] for row in rows] == [3.0, 2.0, 1.0, 1.0]
     assert [row["told_seconds"] for row in rows] == [3.0, 2.0, 1.0, 1.0]
+
+
+def test_loop_ends_after_the_validation_that_says_it_is_enough_and_saves_there(tmp_path):
+    job = Job(tmp_path)
+    job.enough_at = 4
+    job.run(validate_every=2, save_every=100)
+    assert [event for event in job.events if event[0] in ("validate", "save")] == [
+        ("validate", 2),
+        ("validate", 4),
+        ("save", 4),
+    ]
+    assert job.done("batch") == [0, 1, 2, 3]

@@ -1,0 +1,91 @@
+"""What `launch/finetune.py` can be told."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megascale.config import Section
+from megascale.data.transforms import DropConfig
+from megascale.downstream.protocols import TaskConfig
+from megascale.model.config import ModelConfig
+from megascale.storage import StorageConfig
+from megascale.train.schedule import OptimConfig
+from megascale.train.zero import ZeroConfig
+
+
+class FinetuneDataConfig(Section):
+    """Which tokens."""
+
+    url: str = Field(description="token folder of the labelled corpus")
+    bitrate_kbps: float = Field(1.5, description="must be the checkpoint's")
+
+
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW and its schedule, and how much less the encoder's first layers learn."""
+
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="ft, ft_aug: each layer's rate is this share of that of the layer above it"
+    )
+
+
+class FinetuneTrainConfig(Section):
+    """Length and batches."""
+
+    epochs: int = Field(20, ge=1, description="passes over the training clips")
+    frozen_epochs: int = Field(
+        0,
+        ge=0,
+        description="ft, ft_aug: only the classifier learns in so many first epochs; each part has a schedule of its own",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end after so many epochs without a better validation; null: never, so that budgets are equal",
+    )
+    batch: int = Field(16, ge=1, description="clips per update")
+    crop_seconds: float | None = Field(
+        None, gt=0, description="train on random crops of this length; null: whole clips"
+    )
+    eval_batch: int = Field(16, ge=1, description="clips per forward pass when scoring; whole clips")
+
+    @model_validator(mode="after")
+    def _frozen_epochs_leave_some(self) -> "FinetuneTrainConfig":
+        if self.frozen_epochs >= self.epochs:
+            raise ValueError(
+                f"frozen_epochs={self.frozen_epochs} must be below epochs={self.epochs}; or take arm=probe"
+            )
+        return self
+
+
+class FinetuneOutputConfig(Section):
+    """Where the run lies."""
+
+    url: str = Field(description="run folder, on a local or shared disk")
+    save_model: bool = Field(True, description="keep the classifier's weights (model/)")
+
+
+class FinetuneConfig(Section):
+    """Everything `launch/finetune.py` needs."""
+
+    data: FinetuneDataConfig = Field(description="which tokens")
+    task: TaskConfig = Field(description="what is classified")
+    arm: Literal["scratch", "probe", "ft", "ft_aug"] = Field(
+        description="scratch: new weights; probe: the checkpoint's encoder as it is; ft: all learns; ft_aug: with chunk drop"
+    )
+    checkpoint: str | None = Field(
+        None, description="pretraining run or checkpoint; for scratch it only gives the shape"
+    )
+    model: ModelConfig = Field(ModelConfig(), description="the model's shape, for scratch without a checkpoint")
+    drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
+    optim: FinetuneOptimConfig = Field(FinetuneOptimConfig(lr=1e-4), description="optimizer and schedule")
+    train: FinetuneTrainConfig = Field(FinetuneTrainConfig(), description="length and batches")
+    zero: ZeroConfig = Field(ZeroConfig(stage=0), description="DeepSpeed ZeRO")
+    output: FinetuneOutputConfig = Field(description="where the run lies")
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+    seed: int = Field(0, description="fixes split, new weights, order, crops and drops")
+
+    @model_validator(mode="after")
+    def _pretrained_arms_need_a_checkpoint(self) -> "FinetuneConfig":
+        if self.arm != "scratch" and self.checkpoint is None:
+            raise ValueError(f"checkpoint is required for arm={self.arm}")
+        return self

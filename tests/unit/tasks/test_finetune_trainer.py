@@ -1,0 +1,213 @@
+"""Training of classifiers in this process: what learns and what stays, when it ends, and what the result files hold."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from support import write_paced_tokens, write_pretrained, write_token_folder
+from torch import Tensor
+
+from megascale.config import validate
+from megascale.log import read_metrics
+from megascale.model.config import ModelConfig
+from megascale.model.mega_audioformer import AudioClassifier
+from megascale.seeding import torch_generator
+from megascale.tasks import finetune
+from megascale.tasks.finetune_config import FinetuneConfig
+from megascale.tasks.finetune_data import open_clips
+from megascale.tasks.finetune_trainer import Trainer, rate_share
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Tokens of one class a clip, of two windows a recording, and of several labels a clip; and a tiny encoder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_paced_tokens(folder / "tokens", 40)
+    write_paced_tokens(folder / "windows", 40, clips_per_recording=2, labels=lambda i: {"class": "ab"[i // 2 % 2]})
+    # codes 0 to 7 in low clips and 8 to 15 in high ones: a few updates tell them apart
+    codes_NQT = np.random.default_rng(0).integers(0, 8, (40, 2, 75)) + 8 * (np.arange(40) % 2)[:, None, None]
+    tags = [["/m/low", "/m/any"], ["/m/high", "/m/any"]]
+    write_token_folder(folder / "tags", 40, codes=codes_NQT, labels=lambda i: {"tags": tags[i % 2]})
+    write_pretrained(folder / "encoder", 2)
+    return folder
+
+
+def config_of(inputs: Path, output: Path, tokens: str = "tokens", **sections: Any) -> FinetuneConfig:
+    tree = {
+        "data": {"url": str(inputs / tokens)},
+        "task": {"label": "class", "protocol": "official"},
+        "arm": "ft",
+        "checkpoint": str(inputs / "encoder"),
+        "optim": {"lr": 3e-3},
+        "output": {"url": str(output)},
+    }
+    sections["train"] = {"epochs": 2, "batch": 4} | sections.get("train", {})
+    return validate(FinetuneConfig, "finetune", tree | sections)
+
+
+def encoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.startswith("global_encoder.")}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Watched(Trainer):
+    """Keeps the weights of each validation."""
+
+    seen: list[dict[str, Tensor]]
+
+    def _validate(self, steps: int) -> dict[str, float]:
+        self.seen.append({name: value.clone() for name, value in self._engine.module.state_dict().items()})
+        return super()._validate(steps)
+
+
+def weights_by_epoch(config: FinetuneConfig) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Train; return the first weights, and those after each epoch."""
+    data = open_clips(config)
+    model, _ = finetune._build_model(config, data.manifest, data.classes)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Watched(config, model, data, Path(config.output.url))
+    trainer.seen = []
+    trainer.fit(quiet=True)
+    return first, trainer.seen
+
+
+# ------------------------------------------------------------------------------------------------- what learns, and when
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_probe_leaves_the_encoder_as_it_is(inputs, tmp_path, stage):
+    config = config_of(inputs, tmp_path / "run", arm="probe", zero={"stage": stage})
+    first, (_, last) = weights_by_epoch(config)
+    assert equal(encoder_of(last), encoder_of(first))
+    assert not torch.equal(last["head.weight"], first["head.weight"])
+    saved = safetensors.torch.load_file(inputs / "encoder" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in encoder_of(last).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_encoder_begins_to_learn_after_the_frozen_epochs_with_the_classifier_as_it_is_by_then(inputs, tmp_path, stage):
+    sections = {"zero": {"stage": stage}, "optim": {"lr": 1e-3, "warmup_share": 0.0}}
+    config = config_of(inputs, tmp_path / "run", train={"epochs": 4, "frozen_epochs": 2}, **sections)
+    first, seen = weights_by_epoch(config)
+    frozen = [equal(encoder_of(weights), encoder_of(first)) for weights in seen]
+    assert frozen == [True, True, False, False]
+    # AdamW moves a weight by about the rate at most: five updates here
+    assert (seen[2]["head.weight"] - seen[1]["head.weight"]).abs().max() < 5.5e-3
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid/acc" in row] == [
+        5,
+        10,
+        15,
+        20,
+    ]
+
+
+def test_frozen_epochs_and_layer_decay_are_for_what_is_pretrained(inputs, tmp_path):
+    plain = weights_by_epoch(config_of(inputs, tmp_path / "plain", arm="scratch"))[1][-1]
+    told = {"train": {"frozen_epochs": 1}, "optim": {"lr": 3e-3, "layer_decay": 0.5}}
+    assert equal(weights_by_epoch(config_of(inputs, tmp_path / "told", arm="scratch", **told))[1][-1], plain)
+
+
+def test_layers_learn_less_the_further_down_they_are(inputs, tmp_path):
+    optim = {"lr": 1e-3, "layer_decay": 0.1, "warmup_share": 0.0, "weight_decay": 0.0}
+    config = config_of(inputs, tmp_path / "run", optim=optim, train={"epochs": 1, "batch": 20})
+    first, (last,) = weights_by_epoch(config)
+    moves = {name: float((last[name] - first[name]).abs().max()) for name in last}
+    # one update, of the rate times the share; roundings of weights of size 1 are at 1e-7
+    assert moves["head.weight"] == pytest.approx(1e-3, rel=0.01)
+    assert moves["global_encoder.norm.weight"] == pytest.approx(1e-3, rel=0.01)
+    assert moves["global_encoder.blocks.0.attention_norm.weight"] == pytest.approx(1e-4, rel=0.01)
+    assert moves["global_encoder.embedding.table.weight"] == pytest.approx(1e-5, rel=0.05)
+
+
+def test_rate_of_every_weight_falls_with_the_layers_above_it():
+    shape = ModelConfig(layers=3, width=32, heads=2, mlp_width=64, local_layers=1, local_width=16, local_heads=1)
+    model = AudioClassifier(shape, 2, 3, torch_generator(0, "test"))
+    depth = {"head": 0, "global_encoder.norm": 0, "global_encoder.blocks.2": 1, "global_encoder.blocks.1": 2}
+    depth |= {"global_encoder.blocks.0": 3, "global_encoder.embedding": 4, "global_encoder.patch_proj": 4}
+    for name, _ in model.named_parameters():
+        (above,) = [n for prefix, n in depth.items() if name.startswith(f"{prefix}.")]
+        assert rate_share(name, 3, 0.5) == 0.5**above
+        assert rate_share(name, 3, 1.0) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------- when it ends
+
+
+def test_run_ends_when_validation_gets_no_better_and_says_at_which_epoch(inputs, tmp_path):
+    """With a rate of nothing the first epoch stays the best."""
+    still = {"optim": {"lr": 1e-30}}
+    ended = finetune.run(config_of(inputs, tmp_path / "ended", train={"epochs": 9, "patience": 3}, **still), quiet=True)
+    assert (ended["best_epoch"], ended["last_epoch"]) == (1, 4)
+    assert len([row for row in read_metrics(tmp_path / "ended" / "metrics.jsonl") if "valid/acc" in row]) == 4
+    whole = finetune.run(config_of(inputs, tmp_path / "whole", train={"epochs": 5}, **still), quiet=True)
+    assert (whole["best_epoch"], whole["last_epoch"]) == (1, 5)
+    begun = {"epochs": 9, "patience": 2, "frozen_epochs": 4}
+    frozen = finetune.run(config_of(inputs, tmp_path / "frozen", train=begun, **still), quiet=True)
+    assert (frozen["best_epoch"], frozen["last_epoch"]) == (1, 6), "what is only begun goes on with the whole model"
+
+
+# ---------------------------------------------------------------------------------------------------------- result files
+
+
+def table(output: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((output / "predictions.csv").open()))
+
+
+def test_scores_are_by_recording_and_by_window(inputs, tmp_path):
+    task = {"label": "class", "protocol": "stratified", "valid_share": 0.2, "test_share": 0.4}
+    config = config_of(inputs, tmp_path / "run", tokens="windows", task=task)
+    finetune.run(config, quiet=True)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["count"], result["clip"]["count"]) == (8, 16)
+    assert result["split_sizes"] == {"train": 16, "valid": 8, "test": 16}
+    assert sum(map(sum, result["confusion"])) == 8 and sum(map(sum, result["clip"]["confusion"])) == 16
+    assert {"accuracy", "macro_f1", "per_class"} <= result["clip"].keys()
+    assert len(table(tmp_path / "run")) == 8
+
+
+def test_several_labels_are_learned_and_scored_by_map_and_d_prime(inputs, tmp_path):
+    task = {"label": "tags", "kind": "multi", "protocol": "official"}
+    train = {"epochs": 12, "batch": 4}
+    config = config_of(inputs, tmp_path / "run", tokens="tags", task=task, train=train)
+    finetune.run(config, quiet=True)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["classes"] == ["/m/any", "/m/high", "/m/low"]
+    assert result["per_class"]["/m/any"] == {"ap": 1.0, "auc": None, "count": 10}
+    assert result["map"] == 1.0, "they can be told apart"
+    assert "accuracy" not in result and {"map", "auc", "d_prime"} <= result["clip"].keys()
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    by_epoch = [row["valid/map"] for row in metrics if "valid/map" in row]
+    assert result["valid_map"] == max(by_epoch) == by_epoch[result["best_epoch"] - 1]
+    losses = [row["train/loss"] for row in metrics if "train/loss" in row]
+    assert losses[-1] < 0.5 * losses[0], "binary cross-entropy begins near log 2"
+    assert 0.4 < losses[0] < 1.0
+    rows = table(tmp_path / "run")
+    assert {row["labels"] for row in rows} == {"/m/any;/m/high", "/m/any;/m/low"}
+    for row in rows:
+        sure = [name for name in result["classes"] if float(row[name]) >= 0.5]
+        assert row["predicted"] == ";".join(sure)
+    assert max(sum(float(row[name]) for name in result["classes"]) for row in rows) > 1.2, "no shares of one whole"
+
+
+def test_result_says_what_the_split_check_found_and_the_model_what_it_answers(inputs, tmp_path):
+    folds = {"label": "class", "protocol": "folds", "folds": 4, "fold": 1}
+    config = config_of(inputs, tmp_path / "run", task=folds, train={"epochs": 1})
+    result = finetune.run(config, quiet=True)
+    assert (result["protocol"], result["fold"], result["task_kind"]) == ("folds", 1, "single")
+    assert result["split_check"]["recordings"] == {"train": 20, "valid": 10, "test": 10}
+    assert "no recording on two sides" in result["split_check"]["summary"]
+    assert result["split_check"]["summary"] in finetune.describe_plan(config)
+    facts = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (facts["task_kind"], facts["classes"]) == ("single", ["high", "low"])
+    plain = finetune.run(config_of(inputs, tmp_path / "plain", train={"epochs": 1}), quiet=True)
+    assert plain["fold"] is None
