@@ -261,7 +261,7 @@ def _train(
     configs: list[Any], numbers: list[int], total: int, job: CellJob, gpus_each: float
 ) -> dict[int, dict[str, Any]]:
     ray = start_ray()
-    task = ray.remote(_one).options(num_cpus=1, num_gpus=gpus_each)
+    task = ray.remote(one_thread_on_cpus).options(num_cpus=1, num_gpus=gpus_each)
     waiting = {task.remote(job.run, config): number for number, config in zip(numbers, configs, strict=True)}
     results: dict[int, dict[str, Any]] = {}
     progress = Progress("fine-tuning", total, total - len(waiting), "runs")
@@ -283,11 +283,12 @@ def _train(
     return results
 
 
-def _one(finetune: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
+def one_thread_on_cpus(finetune: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
+    """Train a classifier in a worker of Ray's; many small ones run side by side on CPUs, each on a core."""
     import torch
 
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # one core a run: many small runs side by side
+        torch.set_num_threads(1)
     return finetune(config, quiet=True)
 
 
@@ -308,7 +309,7 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
         chosen = [r for c, r in group if c.lr == lr]
         for result in chosen:
             cells.append({"task": task.name, **result})
-        low, high = _interval(chosen)
+        low, high = interval(chosen)
         summary.append(
             {
                 "task": task.name,
@@ -335,9 +336,9 @@ def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
     return {"accuracy": accuracy / 100, "macro_f1": f1 / 100}
 
 
-def _interval(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """95% interval of the accuracy: Student's t over seeds; Wilson's over the test recordings where there is one seed, or
-    where all agree."""
+def interval(results: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the 95% interval of the accuracy: Student's t over seeds; Wilson's over the test recordings where there is
+    one seed, or where all agree."""
     values = [r["accuracy"] for r in results]
     if np.ptp(values) == 0:
         count = results[0]["count"]

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from megascale.config import Section, describe_keys, dump_config, load_config
 from megascale.downstream.table1 import Table1Config
+from megascale.downstream.watch import WatchConfig
 from megascale.errors import ConfigError
 from megascale.tokenize.plan import TokenizeConfig
 
@@ -263,11 +264,11 @@ def test_dumped_config_loads_back_equal(tmp_path, schema, overrides):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(RECIPES.glob("tokenize/*.yaml")) + sorted(RECIPES.glob("table1/*.yaml")), ids=str
+    "path", [path for job in ("tokenize", "table1", "watch") for path in sorted(RECIPES.glob(f"{job}/*.yaml"))], ids=str
 )
 def test_recipe_in_the_repository_is_valid(path):
-    schema = TokenizeConfig if path.parent.name == "tokenize" else Table1Config
-    config = load_config(schema, path.parent.name, str(path))
+    schemas = {"tokenize": TokenizeConfig, "table1": Table1Config, "watch": WatchConfig}
+    config = load_config(schemas[path.parent.name], path.parent.name, str(path))
     assert yaml.safe_load(dump_config(config))["output"]["url"]
 
 

@@ -176,7 +176,7 @@ def test_each_arm_and_bitrate_chooses_its_own_rate():
 
 
 def interval(accuracies: list[float], count: int = 100) -> tuple[float, float]:
-    return table1._interval([{"accuracy": value, "count": count} for value in accuracies])
+    return table1.interval([{"accuracy": value, "count": count} for value in accuracies])
 
 
 @pytest.mark.parametrize(("right", "count"), [(69, 100), (11, 13), (13, 13), (0, 13), (1, 4096)])
