@@ -90,8 +90,9 @@ def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]
     for name, field in schema.model_fields.items():
         options = [field.annotation, *typing.get_args(field.annotation)]
         inner = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+        named = "NAME." if typing.get_origin(field.annotation) is dict else ""
         if inner:
-            yield from keys_of(inner[0], f"{prefix}{field.alias or name}.")
+            yield from keys_of(inner[0], f"{prefix}{field.alias or name}.{named}")
         else:
             hidden = [o for o in options if dataclasses.is_dataclass(o) or hasattr(o, "model_fields")]
             assert not hidden, f"{prefix}{name}: what has keys must be a Section, or --help lists none of them"

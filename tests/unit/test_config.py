@@ -272,6 +272,14 @@ def test_recipe_in_the_repository_is_valid(path):
     assert yaml.safe_load(dump_config(config))["output"]["url"]
 
 
+def test_sections_that_the_user_names_are_told_and_checked_like_others():
+    assert "  tasks.NAME.url " in describe_keys(WatchConfig)
+    with pytest.raises(ConfigError, match=r"^watch\.tasks\.mine\.urll=t: unknown key; did you mean 'url'\?$"):
+        load_config(
+            WatchConfig, "watch", None, ["run=r", "output.url=o", "tasks.mine.urll=t", "tasks.mine.task.label=l"]
+        )
+
+
 def test_key_that_python_cannot_spell_is_written_by_its_alias():
     config = load_config(Table1Config, "table1", None, TABLE1)
     assert (config.checkpoints.kbps_1k5, config.checkpoints.kbps_12k) == ("run-1k5", "run-12k")
