@@ -62,12 +62,13 @@ def table1(argv: Sequence[str] | None = None) -> int:
     """Every task, arm and bitrate of the paper's Table 1."""
     from megascale import report
     from megascale.downstream import table1 as job
+    from megascale.table_baselines import score_baselines
     from megascale.tasks import finetune as task
 
     cell = job.CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.Table1Config) -> None:
-        report.write_table1_report(config.output.url, job.run(config, cell), job.PAPER)
+        report.write_table1_report(config.output.url, job.run(config, cell, score_baselines), job.PAPER)
 
     return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
 

@@ -28,6 +28,7 @@ from megascale.downstream.table1 import LabelledTokens, Table1Config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped
 from megascale.log import Progress, duration, say
 from megascale.storage import StorageConfig
+from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tokenize import job
@@ -112,9 +113,10 @@ def run(config: QuickstartConfig) -> None:
     if rows:
         cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.run)
         output, stores = str(root / "table1"), StorageConfig()
-        table = table1.run_cells(rows, checkpoints, budget, [config.seed], output, stores, cell)
-    _stage(5, "baselines: log-mel statistics, logistic regression")
-    found = {row.name: quickstart_report.score_baselines(row, config.seed) for row in rows}
+        table = table1.train_cells(rows, checkpoints, budget, [config.seed], output, stores, cell)
+        table1.write_table(table, output)
+    _stage(5, "baselines: logistic regressions on log-mel statistics and on bags of codes")
+    found = {row.name: score_baselines(row, [config.seed], table1.BITRATES_KBPS) for row in rows}
     _stage(6, "report")
     summary = quickstart_report.summarise(
         config.data,

@@ -26,6 +26,7 @@ from megascale.storage import StorageConfig
 TABLE = "table1.json"
 ARMS = ("scratch", "ft", "ft_aug")
 BITRATES_KBPS = (1.5, 12.0)
+_MARKS = {"above": " ▲", "below": " ▼"}
 # accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
 PAPER = {
     "gtzan": {
@@ -44,6 +45,9 @@ PAPER = {
         "ft_aug": ((100.0, 100.0), (100.0, 100.0)),
     },
 }
+
+
+ScoreBaselines = Callable[["LabelledTokens", Sequence[int], Sequence[float]], dict[str, Any]]
 
 
 class Table1DataConfig(Section):
@@ -105,6 +109,10 @@ class Table1Config(Section):
     tasks: TasksConfig = Field(TasksConfig(), description="how each corpus is split")
     cells: CellsConfig = Field(CellsConfig(), description="the budget of every cell")
     seeds: list[int] = Field([0], min_length=1, description="one run per seed; splits are drawn from it too")
+    baselines: bool = Field(
+        True,
+        description="logistic regressions on log-mel statistics and on bags of codes, too; they read all audio again",
+    )
     storage: StorageConfig = Field(StorageConfig(), description="object stores")
 
     @model_validator(mode="after")
@@ -165,8 +173,13 @@ def describe_plan(config: Table1Config, job: CellJob) -> str:
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
-def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
+def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> dict[str, Any]:
     """Make the paper's table; finished runs are not repeated, and a finished table is not made again.
+
+    Args:
+        config: the job.
+        job: trains one cell.
+        score_baselines: (row, seeds, bitrates in kbps) -> what the cells are held against; where `baselines` is set.
 
     Returns:
         The table, as `table1.json` holds it.
@@ -185,11 +198,15 @@ def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
         return finished
     describe_plan(config, job)  # checks every input before anything is written
     run_folder.write_config(path, config)
-    checkpoints, output = _checkpoints(config), config.output.url
-    return run_cells(rows_of(config), checkpoints, config.cells, config.seeds, output, config.storage, job)
+    checkpoints, output, rows = _checkpoints(config), config.output.url, rows_of(config)
+    table = train_cells(rows, checkpoints, config.cells, config.seeds, output, config.storage, job)
+    if config.baselines:
+        table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
+    write_table(table, output)
+    return table
 
 
-def run_cells(
+def train_cells(
     rows: Sequence[LabelledTokens],
     checkpoints: dict[float, str],
     budget: CellsConfig,
@@ -198,15 +215,18 @@ def run_cells(
     stores: StorageConfig,
     job: CellJob,
 ) -> dict[str, Any]:
-    """Train every cell of a table of any tasks, choose learning rates, write table1.json and table1.md."""
+    """Train every cell of a table of any tasks; return the table with the learning rates that validation chose."""
     cells = _cells(rows, seeds, budget)
     configs = _configs(cells, checkpoints, budget, output_url, stores, job)
     results = _fan_out(configs, job, budget.gpus_each)
-    table = _choose(rows, list(zip(cells, results, strict=True)))
+    return _choose(rows, list(zip(cells, results, strict=True)))
+
+
+def write_table(table: dict[str, Any], output_url: str) -> None:
+    """Write table1.md, and table1.json last, which says that the table is finished."""
     storage.publish_bytes(storage.join(output_url, "table1.md"), to_markdown(table).encode())
     storage.publish_bytes(storage.join(output_url, TABLE), json.dumps(table, indent=1).encode())
-    say(f"{len(cells)} fine-tuning runs -> {storage.join(output_url, 'table1.md')}")
-    return table
+    say(f"{len(table['cells'])} classifiers -> {storage.join(output_url, 'table1.md')}")
 
 
 def _checkpoints(config: Table1Config) -> dict[float, str]:
@@ -310,6 +330,7 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
         for result in chosen:
             cells.append({"task": task.name, **result})
         low, high = interval(chosen)
+        paper = _paper(task.name, arm, kbps)
         summary.append(
             {
                 "task": task.name,
@@ -322,10 +343,11 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
                 "accuracy_ci95": [low, high],
                 "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
                 "count": chosen[0]["count"],
-                "paper": _paper(task.name, arm, kbps),
+                "paper": paper,
+                "against_paper": _against(paper, low, high),
             }
         )
-    return {"cells": cells, "summary": summary}
+    return {"cells": cells, "summary": summary, "baselines": {}}
 
 
 def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
@@ -334,6 +356,13 @@ def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
         return None
     accuracy, f1 = found[BITRATES_KBPS.index(bitrate_kbps)]
     return {"accuracy": accuracy / 100, "macro_f1": f1 / 100}
+
+
+def _against(paper: dict[str, float] | None, low: float, high: float) -> str | None:
+    """Return whether the interval lies above or below the paper's accuracy; None if it holds it."""
+    if paper is None or low <= paper["accuracy"] <= high:
+        return None
+    return "above" if low > paper["accuracy"] else "below"
 
 
 def interval(results: list[dict[str, Any]]) -> tuple[float, float]:
@@ -349,7 +378,8 @@ def interval(results: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def to_markdown(table: dict[str, Any]) -> str:
-    """Return the table in the paper's shape: percent, accuracy with its 95% interval, the paper's figure in brackets."""
+    """Return the table in the paper's shape: percent, accuracy with its 95% interval, the paper's figure in brackets,
+    ▲ or ▼ where it lies outside the interval and ours is above or below it."""
     lines = ["| Dataset | Type | Acc. 1.5 | Acc. 12 | F1 1.5 | F1 12 | n |", "|---|---|---|---|---|---|---|"]
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in table["summary"]}
     for task in dict.fromkeys(s["task"] for s in table["summary"]):
@@ -358,10 +388,16 @@ def to_markdown(table: dict[str, Any]) -> str:
             columns = [_percent(s, "accuracy", s["accuracy_ci95"]) for s in two]
             columns += [_percent(s, "macro_f1", None) for s in two]
             lines.append(f"| {task} | {arm} | {' | '.join(columns)} | {two[0]['count']} |")
+        for name, result in table["baselines"].get(task, {}).items():
+            own = [result.get("bitrate_kbps") in (None, kbps) for kbps in BITRATES_KBPS]
+            scores = (_percent(result, "accuracy", result["accuracy_ci95"]), _percent(result, "macro_f1", None))
+            columns = [score if shown else "" for score in scores for shown in own]
+            lines.append(f"| {task} | {name} | {' | '.join(columns)} | {result['count']} |")
     return "\n".join(lines) + "\n"
 
 
 def _percent(cell: dict[str, Any], metric: str, interval: Sequence[float] | None) -> str:
     text = f"{100 * cell[metric]:.2f}"
     text += f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else ""
-    return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell["paper"] else "")
+    text += _MARKS.get(cell.get("against_paper"), "") if interval else ""
+    return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell.get("paper") else "")
