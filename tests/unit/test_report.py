@@ -79,7 +79,7 @@ def table(tasks: tuple[str, ...] = ("gtzan", "nsynth"), accuracy: float | None =
         macro_f1 = cell["accuracy"] - 0.05
         interval = [cell["accuracy"] - 0.04, cell["accuracy"] + 0.06]
         summary.append(shown | {"macro_f1": macro_f1, "accuracy_ci95": interval})
-    return {"cells": cells, "summary": summary}
+    return {"cells": cells, "summary": summary, "baselines": {}}
 
 
 def pretrained(folder: Path, losses: list[float], num_codebooks: int = 2, validated: bool = True) -> dict[str, Any]:

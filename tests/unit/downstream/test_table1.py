@@ -14,6 +14,7 @@ from megascale.downstream import table1
 from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER, CellsConfig, LabelledTokens, Table1Config
 from megascale.errors import ConfigError, MegascaleError
+from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
 
@@ -63,7 +64,7 @@ def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
     for output, refused in ((url, not kept), (str(tmp_path / "t"), False)):
         tree = {"data": data, "checkpoints": {"1k5": "none", "12k": "none"}, "output": {"url": output}}
         with pytest.raises(MegascaleError, match=lost if refused else "none"):
-            table1.run(validate(Table1Config, "table1", tree), job)
+            table1.run(validate(Table1Config, "table1", tree), job, score_baselines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +208,7 @@ def test_markdown_has_the_papers_figures_beside_ours():
         shown = {"accuracy": (30 + i) / 100, "macro_f1": (10 + i) / 100, "count": 100}
         shown |= {"accuracy_ci95": (0.2, 0.5), "paper": table1._paper(task, arm, kbps)}
         summary.append({"task": task, "arm": arm, "bitrate_kbps": kbps, **shown})
-    lines = table1.to_markdown({"summary": summary}).splitlines()
+    lines = table1.to_markdown({"summary": summary, "baselines": {}}).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if set(line) != set("|-")]
     assert rows[0] == ["Dataset", "Type", "Acc. 1.5", "Acc. 12", "F1 1.5", "F1 12", "n"]
     assert [row[:2] for row in rows[1:]] == [[task, arm] for task in ("gtzan", "folders") for arm in ARMS]
