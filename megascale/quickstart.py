@@ -113,7 +113,7 @@ def run(config: QuickstartConfig) -> None:
     if rows:
         cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.run)
         output, stores = str(root / "table1"), StorageConfig()
-        table = table1.train_cells(rows, checkpoints, budget, [config.seed], output, stores, cell)
+        table = table1.train_cells(rows, table1.paper_arms(checkpoints), budget, [config.seed], output, stores, cell)
         table1.write_table(table, output)
     _stage(5, "baselines: logistic regressions on log-mel statistics and on bags of codes")
     found = {row.name: score_baselines(row, [config.seed], table1.BITRATES_KBPS) for row in rows}

@@ -6,9 +6,10 @@ and bitrate apart. The job that trains one classifier is handed in, because this
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -26,6 +27,7 @@ from megascale.storage import StorageConfig
 TABLE = "table1.json"
 ARMS = ("scratch", "ft", "ft_aug")
 BITRATES_KBPS = (1.5, 12.0)
+_ROW_NAME = re.compile(r"[\w-]+")
 _MARKS = {"above": " ▲", "below": " ▼"}
 # accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
 PAPER = {
@@ -47,6 +49,7 @@ PAPER = {
 }
 
 
+Arms = dict[str, tuple[str, dict[float, str]]]  # row of the table -> fine-tuning's arm, and its checkpoint by bitrate
 ScoreBaselines = Callable[["LabelledTokens", Sequence[int], Sequence[float]], dict[str, Any]]
 
 
@@ -61,6 +64,14 @@ class Table1DataConfig(Section):
 class CheckpointsConfig(Section):
     """Pretrained encoders."""
 
+    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
+    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
+
+
+class FurtherArmConfig(Section):
+    """One more row for each corpus."""
+
+    arm: Literal["ft", "ft_aug"] = Field("ft", description="how its checkpoints are fine-tuned")
     kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
     kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
 
@@ -106,6 +117,9 @@ class Table1Config(Section):
     data: Table1DataConfig = Field(description="token folders")
     checkpoints: CheckpointsConfig = Field(description="pretrained encoders")
     output: Table1OutputConfig = Field(description="where the table goes")
+    further: dict[str, FurtherArmConfig] = Field(
+        {}, description="more rows, such as other masks or first weights, by name"
+    )
     tasks: TasksConfig = Field(TasksConfig(), description="how each corpus is split")
     cells: CellsConfig = Field(CellsConfig(), description="the budget of every cell")
     seeds: list[int] = Field([0], min_length=1, description="one run per seed; splits are drawn from it too")
@@ -119,6 +133,9 @@ class Table1Config(Section):
     def _no_repeats(self) -> "Table1Config":
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.cells.lrs)) < len(self.cells.lrs):
             raise ValueError("seeds and cells.lrs must not repeat a value")
+        for name in self.further:
+            if name in ARMS or not _ROW_NAME.fullmatch(name):
+                raise ValueError(f"further.{name}: a name of letters, digits, - and _, and none of {', '.join(ARMS)}")
         return self
 
 
@@ -133,7 +150,7 @@ class LabelledTokens:
 
 @dataclass(frozen=True)
 class Cell:
-    """One classifier to train."""
+    """One classifier to train; `arm` is the row's name."""
 
     task: LabelledTokens
     arm: str
@@ -167,8 +184,9 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
 def describe_plan(config: Table1Config, job: CellJob) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    cells = _cells(rows_of(config), config.seeds, config.cells)
-    _configs(cells, _checkpoints(config), config.cells, config.output.url, config.storage, job)
+    arms = _arms(config)
+    cells = _cells(rows_of(config), arms, config.seeds, config.cells)
+    _configs(cells, arms, config.cells, config.output.url, config.storage, job)
     rates = len(config.cells.lrs)
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
@@ -198,8 +216,8 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
         return finished
     describe_plan(config, job)  # checks every input before anything is written
     run_folder.write_config(path, config)
-    checkpoints, output, rows = _checkpoints(config), config.output.url, rows_of(config)
-    table = train_cells(rows, checkpoints, config.cells, config.seeds, output, config.storage, job)
+    output, rows = config.output.url, rows_of(config)
+    table = train_cells(rows, _arms(config), config.cells, config.seeds, output, config.storage, job)
     if config.baselines:
         table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
     write_table(table, output)
@@ -208,7 +226,7 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
 
 def train_cells(
     rows: Sequence[LabelledTokens],
-    checkpoints: dict[float, str],
+    arms: Arms,
     budget: CellsConfig,
     seeds: Sequence[int],
     output_url: str,
@@ -216,8 +234,8 @@ def train_cells(
     job: CellJob,
 ) -> dict[str, Any]:
     """Train every cell of a table of any tasks; return the table with the learning rates that validation chose."""
-    cells = _cells(rows, seeds, budget)
-    configs = _configs(cells, checkpoints, budget, output_url, stores, job)
+    cells = _cells(rows, arms, seeds, budget)
+    configs = _configs(cells, arms, budget, output_url, stores, job)
     results = _fan_out(configs, job, budget.gpus_each)
     return _choose(rows, list(zip(cells, results, strict=True)))
 
@@ -229,37 +247,49 @@ def write_table(table: dict[str, Any], output_url: str) -> None:
     say(f"{len(table['cells'])} classifiers -> {storage.join(output_url, 'table1.md')}")
 
 
-def _checkpoints(config: Table1Config) -> dict[float, str]:
-    return {1.5: config.checkpoints.kbps_1k5, 12.0: config.checkpoints.kbps_12k}
+def paper_arms(checkpoints: dict[float, str]) -> Arms:
+    """Return the three arms of the paper, for a checkpoint at each bitrate."""
+    return {arm: (arm, checkpoints) for arm in ARMS}
+
+
+def _arms(config: Table1Config) -> Arms:
+    return paper_arms(_by_bitrate(config.checkpoints)) | {
+        name: (further.arm, _by_bitrate(further)) for name, further in config.further.items()
+    }
+
+
+def _by_bitrate(config: CheckpointsConfig | FurtherArmConfig) -> dict[float, str]:
+    return dict(zip(BITRATES_KBPS, (config.kbps_1k5, config.kbps_12k), strict=True))
 
 
 def _configs(
     cells: Sequence[Cell],
-    checkpoints: dict[float, str],
+    arms: Arms,
     budget: CellsConfig,
     output_url: str,
     stores: StorageConfig,
     job: CellJob,
 ) -> list[Any]:
     """Return every cell's config, its inputs checked before anything runs (once for each task, arm and bitrate)."""
-    trees = [_finetune_tree(cell, checkpoints, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
+    trees = [_finetune_tree(cell, arms, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
     configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
     for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
         job.check(config)
     return configs
 
 
-def _cells(rows: Sequence[LabelledTokens], seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
-    return [Cell(*parts) for parts in itertools.product(rows, ARMS, BITRATES_KBPS, seeds, budget.lrs)]
+def _cells(rows: Sequence[LabelledTokens], arms: Arms, seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
+    return [Cell(*parts) for parts in itertools.product(rows, arms, BITRATES_KBPS, seeds, budget.lrs)]
 
 
-def _finetune_tree(cell: Cell, checkpoints: dict[float, str], budget: CellsConfig, output_url: str) -> dict[str, Any]:
+def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(json.dumps(budget.finetune))
     tree.setdefault("optim", {})["lr"] = cell.lr
+    arm, checkpoints = arms[cell.arm]
     return tree | {
         "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
         "task": cell.task.task.model_dump(),
-        "arm": cell.arm,
+        "arm": arm,
         "checkpoint": checkpoints[cell.bitrate_kbps],
         "output": {"url": storage.join(output_url, "cells", cell.name), "save_model": False},
         "seed": cell.seed,
@@ -315,7 +345,8 @@ def one_thread_on_cpus(finetune: Callable[..., dict[str, Any]], config: Any) -> 
 def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, Any]]]) -> dict[str, Any]:
     """Keep, for each task, arm and bitrate, the learning rate that is best on validation over all seeds."""
     cells, summary = [], []
-    for task, arm, kbps in itertools.product(rows, ARMS, BITRATES_KBPS):
+    arms = dict.fromkeys(c.arm for c, _ in finished)
+    for task, arm, kbps in itertools.product(rows, arms, BITRATES_KBPS):
         group = [(c, r) for c, r in finished if (c.task.name, c.arm, c.bitrate_kbps) == (task.name, arm, kbps)]
         lrs = sorted({c.lr for c, _ in group})
 
@@ -328,7 +359,7 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
         lr = max(lrs, key=merit)
         chosen = [r for c, r in group if c.lr == lr]
         for result in chosen:
-            cells.append({"task": task.name, **result})
+            cells.append({"task": task.name, **result, "arm": arm})
         low, high = interval(chosen)
         paper = _paper(task.name, arm, kbps)
         summary.append(
@@ -383,7 +414,7 @@ def to_markdown(table: dict[str, Any]) -> str:
     lines = ["| Dataset | Type | Acc. 1.5 | Acc. 12 | F1 1.5 | F1 12 | n |", "|---|---|---|---|---|---|---|"]
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in table["summary"]}
     for task in dict.fromkeys(s["task"] for s in table["summary"]):
-        for arm in ARMS:
+        for arm in dict.fromkeys(s["arm"] for s in table["summary"]):
             two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
             columns = [_percent(s, "accuracy", s["accuracy_ci95"]) for s in two]
             columns += [_percent(s, "macro_f1", None) for s in two]
