@@ -13,7 +13,8 @@ from rich.table import Table
 import megascale
 from megascale import report
 from megascale.data.index import read_clips, read_manifest
-from megascale.downstream import baselines, table1
+from megascale.downstream import baselines
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
 from megascale.log import duration
 from megascale.table_baselines import LOG_MEL, read_audio, recording_urls
 
@@ -34,7 +35,7 @@ def summarise(
     seed: int,
     tokens: dict[str, str],
     table: dict[str, Any],
-    budget: table1.CellsConfig,
+    budget: CellsConfig,
     found: dict[str, Any],
     results: Sequence[dict[str, Any]],
     wall_seconds: float,
@@ -90,12 +91,12 @@ def terminal_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("dataset", "type") else "right")
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in summary["cells"]}
     for task in dict.fromkeys(s["task"] for s in summary["cells"]):
-        for arm in table1.ARMS:
-            two = [found[task, arm, kbps] for kbps in table1.BITRATES_KBPS]
+        for arm in ARMS:
+            two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
             scores = [f"{100 * s['accuracy']:.1f} ({100 * s['macro_f1']:.1f})" for s in two]
             table.add_row(task, arm, *scores, str(two[0]["count"]))
         for name, b in summary["baselines"][task].items():
-            scores = [report.baseline_score(b, kbps) for kbps in table1.BITRATES_KBPS]
+            scores = [report.baseline_score(b, kbps) for kbps in BITRATES_KBPS]
             table.add_row(task, name, *scores, str(b["count"]))
         table.add_section()
     return table

@@ -12,7 +12,7 @@ import soundfile
 from conftest import ROOT, command, run
 from support import tone, write_tones
 
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
 from megascale.table_baselines import CHANCE, LOG_MEL, bag_of_codes
 
 TASKS = ("gtzan", "nsynth", "music_speech")

@@ -13,7 +13,7 @@ from support import write_pretrained, write_token_folder, write_tones
 
 from megascale import cli
 from megascale.config import Section
-from megascale.downstream.table1 import Table1Config
+from megascale.downstream.table1_config import Table1Config
 from megascale.downstream.watch import WatchConfig
 from megascale.quickstart import QuickstartConfig
 from megascale.tasks.finetune import FinetuneConfig

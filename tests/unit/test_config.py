@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megascale.config import Section, describe_keys, dump_config, load_config
-from megascale.downstream.table1 import Table1Config
+from megascale.downstream.table1_config import Table1Config
 from megascale.downstream.watch import WatchConfig
 from megascale.errors import ConfigError
 from megascale.tokenize.plan import TokenizeConfig

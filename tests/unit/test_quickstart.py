@@ -17,7 +17,8 @@ from support import FINGERPRINT, tone
 from megascale import quickstart, quickstart_report, run_folder, storage
 from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS, LabelledTokens
+from megascale.downstream.table1 import LabelledTokens
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
 from megascale.errors import AudioError, DataError, QuarantineExceeded, StorageError
 from megascale.quickstart import QuickstartConfig
 from megascale.table_baselines import LOG_MEL, bag_of_codes, score_baselines

@@ -12,7 +12,8 @@ import scipy.stats
 from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER, CellsConfig, LabelledTokens, Table1Config
+from megascale.downstream.table1 import PAPER, LabelledTokens
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig, Table1Config
 from megascale.errors import ConfigError, MegascaleError
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
