@@ -347,5 +347,5 @@ def to_markdown(table: dict[str, Any]) -> str:
 def _percent(cell: dict[str, Any], metric: str, interval: Sequence[float] | None) -> str:
     text = f"{100 * cell[metric]:.2f}"
     text += f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else ""
-    text += _MARKS.get(cell.get("against_paper"), "") if interval else ""
+    text += _MARKS.get(cell.get("against_paper") or "", "") if interval else ""
     return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell.get("paper") else "")

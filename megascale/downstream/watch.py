@@ -163,7 +163,7 @@ class _Watch:
         for step, url in _committed(self.config).items():
             if step in self._known:
                 continue
-            copy = self.path / _COPIES / f"step-{step:08d}"
+            copy = self.path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one
             try:
                 _copy_model(url, copy)
             except MegascaleError:

@@ -274,10 +274,9 @@ def test_recipe_in_the_repository_is_valid(path):
 
 def test_sections_that_the_user_names_are_told_and_checked_like_others():
     assert "  tasks.NAME.url " in describe_keys(WatchConfig)
+    mine = ["tasks.mine.url=t", "tasks.mine.urll=t", "tasks.mine.task.label=l"]
     with pytest.raises(ConfigError, match=r"^watch\.tasks\.mine\.urll=t: unknown key; did you mean 'url'\?$"):
-        load_config(
-            WatchConfig, "watch", None, ["run=r", "output.url=o", "tasks.mine.urll=t", "tasks.mine.task.label=l"]
-        )
+        load_config(WatchConfig, "watch", None, ["run=r", "output.url=o", *mine])
 
 
 def test_key_that_python_cannot_spell_is_written_by_its_alias():
@@ -294,7 +293,10 @@ def test_errors_spell_an_aliased_key_as_the_user_does():
         load_config(Table1Config, "table1", None, [*TABLE1, "checkpoints.1k6=x"])
 
 
-@pytest.mark.parametrize(("schema", "overrides"), [(TokenizeConfig, TOKENIZE), (Table1Config, TABLE1)])
+@pytest.mark.parametrize(
+    ("schema", "overrides"),
+    [(TokenizeConfig, TOKENIZE), (Table1Config, [*TABLE1, "further.NAME.1k5=a", "further.NAME.12k=b"])],
+)
 def test_help_has_every_key_with_type_default_and_meaning(schema, overrides):
     lines = describe_keys(schema).splitlines()
     heads, meanings = lines[0::2], lines[1::2]
