@@ -13,7 +13,7 @@ from typing import Any
 
 from megascale.config import S, describe_keys, load_config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded
-from megascale.log import rank
+from megascale.log import rank, say
 from megascale.stopping import stop_on_signal
 
 _EXIT_CODES = (
@@ -62,14 +62,32 @@ def table1(argv: Sequence[str] | None = None) -> int:
     """Every task, arm and bitrate of the paper's Table 1."""
     from megascale import report
     from megascale.downstream import table1 as job
+    from megascale.table_baselines import score_baselines
     from megascale.tasks import finetune as task
 
     cell = job.CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.Table1Config) -> None:
-        report.write_table1_report(config.output.url, job.run(config, cell), job.PAPER)
+        report.write_table1_report(config.output.url, job.run(config, cell, score_baselines), job.PAPER)
 
     return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
+
+
+def watch(argv: Sequence[str] | None = None) -> int:
+    """Downstream accuracy over the course of a pretraining run, while it goes on."""
+    from megascale import report
+    from megascale.downstream import watch as job
+    from megascale.downstream.table1 import CellJob
+    from megascale.tasks import finetune as task
+
+    cell = CellJob(task.FinetuneConfig, task.check, task.run)
+
+    def run(config: job.WatchConfig) -> None:
+        curve = job.run(config, cell, lambda curve: report.write_watch_report(config.output.url, curve))
+        steps = len({point["step"] for point in curve["points"]} - {None})
+        say(f"{steps} checkpoints evaluated -> {config.output.url}/{job.CURVE}, {config.output.url}/{report.PAGE}")
+
+    return _main("watch", job.WatchConfig, run, lambda config: job.describe_plan(config, cell), argv)
 
 
 def quickstart(argv: Sequence[str] | None = None) -> int:

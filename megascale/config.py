@@ -183,9 +183,14 @@ def _explain(schema: type[Section], job: str, failure: ValidationError) -> str:
 def _section_at(schema: type[Section], keys: Sequence[str]) -> type[Section]:
     for key in keys:
         if key in schema.model_fields:
-            inner = _inner_section(schema.model_fields[key].annotation)
-            schema = inner if inner is not None else schema
+            annotation = schema.model_fields[key].annotation
+            schema = _inner_section(annotation) or _named_section(annotation) or schema
     return schema
+
+
+def _named_section(annotation: Any) -> type[Section] | None:
+    """Return the section of a mapping from names that the user chooses."""
+    return _inner_section(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else None
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
@@ -203,9 +208,12 @@ def _walk(schema: type[Section], prefix: str = "", defaults: Section | None = No
         name = field.alias or field_name
         required = field.default is PydanticUndefined and field.default_factory is None
         value = getattr(defaults, field_name) if defaults is not None else None if required else field.get_default()
-        inner = _inner_section(field.annotation)
+        inner, named = _inner_section(field.annotation), _named_section(field.annotation)
         if inner is not None:
             rows += _walk(inner, f"{prefix}{name}.", value)
+            continue
+        if named is not None:
+            rows += _walk(named, f"{prefix}{name}.NAME.")
             continue
         assert field.description, f"{schema.__name__}.{name} has no description; --help needs one"
         default = "(required)" if required and defaults is None else repr(value)

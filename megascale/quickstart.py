@@ -24,10 +24,12 @@ from megascale.corpora import CorpusSizes, write_corpora
 from megascale.data.index import read_clips, read_manifest
 from megascale.downstream import table1
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import LabelledTokens, Table1Config
+from megascale.downstream.table1 import LabelledTokens
+from megascale.downstream.table1_config import BITRATES_KBPS, CellsConfig, Table1Config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped
 from megascale.log import Progress, duration, say
 from megascale.storage import StorageConfig
+from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tokenize import job
@@ -104,7 +106,7 @@ def run(config: QuickstartConfig) -> None:
     _stage(2, "tokens: EnCodec on Ray")
     tokens, too_many_quarantined = _tokenise(config, root, sources)
     _stage(3, "pretraining: DeepSpeed, masked tokens, 1.5 and 12 kbps")
-    runs = [_pretrain(config, root, tokens["pretrain"], kbps) for kbps in table1.BITRATES_KBPS]
+    runs = [_pretrain(config, root, tokens["pretrain"], kbps) for kbps in BITRATES_KBPS]
     _stage(4, "fine-tuning: scratch, ft, ft_aug at each bitrate")
     rows, budget = _rows(config, tokens)
     checkpoints = {result["bitrate_kbps"]: result["checkpoint"] for result, _ in runs}
@@ -112,9 +114,10 @@ def run(config: QuickstartConfig) -> None:
     if rows:
         cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.run)
         output, stores = str(root / "table1"), StorageConfig()
-        table = table1.run_cells(rows, checkpoints, budget, [config.seed], output, stores, cell)
-    _stage(5, "baselines: log-mel statistics, logistic regression")
-    found = {row.name: quickstart_report.score_baselines(row, config.seed) for row in rows}
+        table = table1.train_cells(rows, table1.paper_arms(checkpoints), budget, [config.seed], output, stores, cell)
+        table1.write_table(table, output)
+    _stage(5, "baselines: logistic regressions on log-mel statistics and on bags of codes")
+    found = {row.name: score_baselines(row, [config.seed], BITRATES_KBPS) for row in rows}
     _stage(6, "report")
     summary = quickstart_report.summarise(
         config.data,
@@ -307,7 +310,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rows(config: QuickstartConfig, tokens: dict[str, str]) -> tuple[list[LabelledTokens], table1.CellsConfig]:
+def _rows(config: QuickstartConfig, tokens: dict[str, str]) -> tuple[list[LabelledTokens], CellsConfig]:
     overrides = _overrides({f"data.{name}": tokens.get(name, "") for name in _LABELLED})  # own audio has none of them
     recipe = load_config(Table1Config, "table1", str(_recipe(config.recipes.table1)), overrides)
     if config.data is None:

@@ -1,4 +1,4 @@
-"""What a quickstart tells: baselines beside the classifiers, the summary, the table in the terminal, the page."""
+"""What a quickstart tells: the summary, the table in the terminal, the page."""
 
 import itertools
 import os
@@ -12,65 +12,18 @@ from rich.table import Table
 
 import megascale
 from megascale import report
-from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
-from megascale.downstream import baselines, table1
-from megascale.downstream.protocols import classes_of, split_clips, taking_part
-from megascale.downstream.table1 import LabelledTokens
-from megascale.errors import DataError
-from megascale.log import Progress, duration
-from megascale.tokenize import audio
-from megascale.tokenize.sources import SourceConfig, list_recordings
+from megascale.data.index import read_clips, read_manifest
+from megascale.downstream import baselines
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
+from megascale.log import duration
+from megascale.table_baselines import LOG_MEL, read_audio, recording_urls
 
 SYNTHESISED = "synthesised"
 NOTHING = "nothing was classified: that takes two or more folders with at least 5 readable files each"
-_LOG_MEL = "log-mel logistic regression"
 _SYNTHETIC = (
     "The audio was synthesised by this project, in the folder layouts of GTZAN, NSynth and GTZAN music/speech. It holds "
     "nothing of those datasets, and scores on it say nothing about them: they show that the whole way works."
 )
-
-
-# ------------------------------------------------------------------------------------------------------- baselines
-
-
-def score_baselines(row: LabelledTokens, seed: int) -> dict[str, Any]:
-    """Score a log-mel logistic regression, and the most frequent class, on the same clips and split as the cells."""
-    manifest = read_manifest(row.url)
-    clips = taking_part(read_clips(row.url, manifest, 1), row.task)
-    classes, splits = classes_of(clips, row.task), split_clips(clips, row.task, seed)
-    url_of = _recording_urls(manifest)
-    features: dict[str, np.ndarray] = {}
-    targets: dict[str, np.ndarray] = {}
-    progress = Progress(f"log-mel, {row.name}", len({clip.recording for clip in clips}), unit="recordings")
-    done = 0
-    for split, members in splits.items():
-        windows: dict[str, list[StoredClip]] = {}
-        for i in members:
-            windows.setdefault(clips[i].recording, []).append(clips[i])
-        vectors = []
-        for of_one in windows.values():
-            vectors.append(baselines.log_mel_statistics(_read_audio(url_of, clip) for clip in of_one))
-            done += 1
-            progress.update(done)
-        features[split] = np.stack(vectors)
-        targets[split] = np.array([classes.index(str(w[0].labels[row.task.label])) for w in windows.values()])
-    progress.close()
-    log_mel = baselines.logistic_regression(features, targets, classes)
-    most = np.bincount(targets["train"]).argmax()
-    chance = baselines.score(targets["test"], np.full_like(targets["test"], most), classes)
-    return {_LOG_MEL: log_mel, "chance": chance}
-
-
-def _recording_urls(manifest: Manifest) -> dict[str, str]:
-    recordings, _ = list_recordings(SourceConfig.model_validate(manifest.source))
-    return {recording.source: recording.url for recording in recordings}
-
-
-def _read_audio(url_of: dict[str, str], clip: StoredClip) -> np.ndarray:
-    """Read what was tokenised and no more: the rest of its recording may be what could not be read."""
-    if clip.source not in url_of:
-        raise DataError(f"{clip.source}: was tokenised, and is no longer among the recordings")
-    return audio.read_clip(url_of[clip.source], clip.start_seconds, clip.duration_seconds)
 
 
 # ----------------------------------------------------------------------------------------------- summary and table
@@ -82,7 +35,7 @@ def summarise(
     seed: int,
     tokens: dict[str, str],
     table: dict[str, Any],
-    budget: table1.CellsConfig,
+    budget: CellsConfig,
     found: dict[str, Any],
     results: Sequence[dict[str, Any]],
     wall_seconds: float,
@@ -124,7 +77,7 @@ def verdict(means: dict[str, float], found: dict[str, Any]) -> str:
         gain = 100 * (means[arm] - means["scratch"])
         word = "above" if gain > 0 else "NOT above"
         parts.append(f"{arm} is {word} scratch in the mean ({gain:+.1f} points)")
-    log_mel = float(np.mean([b[_LOG_MEL]["accuracy"] for b in found.values()]))
+    log_mel = float(np.mean([b[LOG_MEL]["accuracy"] for b in found.values()]))
     best = max(means.values())
     word = "above" if best > log_mel else "NOT above"
     parts.append(f"the best arm's mean, {100 * best:.1f}%, is {word} the log-mel baseline's {100 * log_mel:.1f}%")
@@ -138,12 +91,13 @@ def terminal_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("dataset", "type") else "right")
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in summary["cells"]}
     for task in dict.fromkeys(s["task"] for s in summary["cells"]):
-        for arm in table1.ARMS:
-            two = [found[task, arm, kbps] for kbps in table1.BITRATES_KBPS]
+        for arm in ARMS:
+            two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
             scores = [f"{100 * s['accuracy']:.1f} ({100 * s['macro_f1']:.1f})" for s in two]
             table.add_row(task, arm, *scores, str(two[0]["count"]))
         for name, b in summary["baselines"][task].items():
-            table.add_row(task, name, f"{100 * b['accuracy']:.1f} ({100 * b['macro_f1']:.1f})", "", str(b["count"]))
+            scores = [report.baseline_score(b, kbps) for kbps in BITRATES_KBPS]
+            table.add_row(task, name, *scores, str(b["count"]))
         table.add_section()
     return table
 
@@ -192,5 +146,5 @@ def write_page(
 def _example_clip(name: str, url: str) -> tuple[str, np.ndarray, np.ndarray]:
     manifest = read_manifest(url)
     clip = next(read_clips(url, manifest, manifest.codec.num_codebooks))
-    wave_S = _read_audio(_recording_urls(manifest), clip)
+    wave_S = read_audio(recording_urls(manifest), clip)
     return f"{name}: {PurePosixPath(clip.source).name}", baselines.log_mel(wave_S), clip.codes_QT

@@ -200,7 +200,7 @@ def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baseline
         page: where to.
         table: as `downstream.table1` makes it.
         paper: the paper's figures by task and arm, or nothing.
-        baselines: by task and name, results with `accuracy`, `macro_f1` and `count`.
+        baselines: by task and name, as `table_baselines` makes them.
     """
     header = ["Dataset", "Type", "Acc. 1.5 kbps", "Acc. 12 kbps", "F1 1.5", "F1 12", "n"]
     header += ["paper acc. 1.5 / 12"] if paper else []
@@ -222,6 +222,7 @@ def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baseline
     page.text(
         "Percent, 95% interval in brackets: Wilson's over the test recordings where there is one seed, Student's t "
         "over seeds otherwise. Learning rates were chosen on the validation split, for every arm from the same grid."
+        + (" ▲ ▼: the paper's figure lies outside the interval, and ours is above or below it." if paper else "")
     )
 
 
@@ -233,15 +234,25 @@ def _pairs(summary: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str
 
 def _with_interval(cell: dict[str, Any]) -> str:
     low, high = cell["accuracy_ci95"]
-    return f"{100 * cell['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    mark = {"above": " ▲", "below": " ▼"}.get(cell.get("against_paper") or "", "")
+    return f"{100 * cell['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]{mark}"
 
 
 def _baseline_rows(baselines: dict[str, Any], with_paper: bool) -> list[list[str]]:
     rows = []
     for name, found in baselines.items():
-        accuracy, f1 = f"{100 * found['accuracy']:.1f}", f"{100 * found['macro_f1']:.1f}"
-        rows.append(["", name, accuracy, accuracy, f1, f1, str(found["count"])] + ([""] if with_paper else []))
+        own = [found.get("bitrate_kbps") in (None, kbps) for kbps in (1.5, 12.0)]
+        accuracy, f1 = _with_interval(found), f"{100 * found['macro_f1']:.1f}"
+        scores = [score if shown else "" for score in (accuracy, f1) for shown in own]
+        rows.append(["", name, *scores, str(found["count"])] + ([""] if with_paper else []))
     return rows
+
+
+def baseline_score(found: dict[str, Any], bitrate_kbps: float) -> str:
+    """Return a baseline's accuracy and macro-F1 in percent; nothing where it is another bitrate's."""
+    if found.get("bitrate_kbps") not in (None, bitrate_kbps):
+        return ""
+    return f"{100 * found['accuracy']:.1f} ({100 * found['macro_f1']:.1f})"
 
 
 def add_confusions(page: Page, table: dict[str, Any]) -> None:
@@ -310,6 +321,46 @@ def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -
     page.picture("clips", figure, "spectrograms and tokens of example clips")
 
 
+def write_watch_report(folder_url: str, curve: dict[str, Any]) -> None:
+    """Write `report.html` of a watched run: downstream accuracy against pretraining steps, and the figures below."""
+    page = Page("Downstream accuracy over pretraining", folder_url)
+    page.text(f"{curve['run']}, arm {curve['arm']}" + (f"; {curve['waiting']} in training" if curve["waiting"] else ""))
+    points = curve["points"]
+    if any(point["step"] is not None for point in points):
+        page.picture("accuracy", _accuracy_over_steps(points), "test accuracy of each task against pretraining steps")
+    rows = [
+        [
+            point["task"],
+            "from scratch" if point["step"] is None else str(point["step"]),
+            _with_interval(point),
+            f"{100 * point['macro_f1']:.1f}",
+            str(len(point["seeds"])),
+            str(point["count"]),
+        ]
+        for point in sorted(points, key=lambda point: (point["task"], point["step"] or 0))
+    ]
+    page.table(["task", "pretraining steps", "accuracy", "macro-F1", "seeds", "n"], rows, text_columns=2)
+    page.text("Percent, 95% interval in brackets, on the test split. No choice is made by it.")
+    page.write()
+
+
+def _accuracy_over_steps(points: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for number, task in enumerate(dict.fromkeys(point["task"] for point in points)):
+        own = sorted((p for p in points if p["task"] == task and p["step"] is not None), key=lambda p: p["step"])
+        steps, accuracies = [p["step"] for p in own], [100 * p["accuracy"] for p in own]
+        low, high = (np.array([100 * p["accuracy_ci95"][i] for p in own]) for i in (0, 1))
+        ax.plot(steps, accuracies, marker="o", color=f"C{number}", label=_printable(task, 24))
+        ax.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        for scratch in (p for p in points if p["task"] == task and p["step"] is None):
+            ax.axhline(100 * scratch["accuracy"], color=f"C{number}", ls="--", lw=1)
+    ax.set(xlabel="pretraining steps (dashed: from scratch)", ylabel="test accuracy, %")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _printable(text: str, length: int) -> str:
     """Cut a name, UTF-8 or not, to what a picture can show. It may hold `$`, so show it with parse_math off."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -322,7 +373,7 @@ def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str,
     if _is_newer(folder / "table1.html", folder / "table1.json"):
         return  # a finished table that was asked for again
     page = Page("Table 1", folder_url, "table1.html")
-    add_table(page, table, paper, {})
+    add_table(page, table, paper, table["baselines"])
     page.heading("Confusion matrices")
     add_confusions(page, table)
     say(f"report: {page.write()}")

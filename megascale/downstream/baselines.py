@@ -1,6 +1,6 @@
-"""What a model must beat: a logistic regression on log-mel statistics.
+"""What a model must beat: a logistic regression on log-mel statistics, or on how often each code occurs.
 
-S samples, F spectrogram frames, M mel bands, N recordings.
+S samples, F spectrogram frames, M mel bands, N recordings, Q codebooks, T frames of codes, V codebook size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from megascale.downstream.scores import score
-from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, num_frames
+from megascale.tokens import CODEBOOK_SIZE, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, num_frames
 
 _WINDOW = 1024
 _MELS = 64
@@ -47,6 +47,18 @@ def log_mel_statistics(clips: Iterable[np.ndarray]) -> np.ndarray:
     mean_M = sum_M / count
     deviation_M = np.sqrt(np.maximum(0, squares_M / count - mean_M**2))
     return np.concatenate([mean_M + shift_M1[:, 0], deviation_M]).astype(np.float32)
+
+
+def bag_of_codes(clips: Iterable[np.ndarray]) -> np.ndarray:
+    """Return how often each code of each codebook occurs in a recording's clips (codes_QT, int), float32 (Q V,).
+
+    Square roots of shares, so that few frequent codes don't outweigh all others (the Hellinger map).
+    """
+    counts_QV = sum(
+        np.stack([np.bincount(codes_T, minlength=CODEBOOK_SIZE) for codes_T in codes_QT]) for codes_QT in clips
+    )
+    assert isinstance(counts_QV, np.ndarray), "a recording has at least one clip"
+    return np.sqrt(counts_QV / counts_QV.sum(axis=1, keepdims=True)).astype(np.float32).reshape(-1)
 
 
 def _log_mel_blocks(audio_S: np.ndarray) -> Iterator[np.ndarray]:

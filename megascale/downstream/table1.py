@@ -12,20 +12,26 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-from pydantic import Field, model_validator
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays, start_ray
-from megascale.config import Section, validate
+from megascale.config import validate
 from megascale.downstream.protocols import TaskConfig
+from megascale.downstream.table1_config import (
+    ARMS,
+    BITRATES_KBPS,
+    CellsConfig,
+    CheckpointsConfig,
+    FurtherArmConfig,
+    Table1Config,
+)
 from megascale.errors import MegascaleError
 from megascale.log import Progress, say
 from megascale.stopping import StopSignal
 from megascale.storage import StorageConfig
 
 TABLE = "table1.json"
-ARMS = ("scratch", "ft", "ft_aug")
-BITRATES_KBPS = (1.5, 12.0)
+_MARKS = {"above": " ▲", "below": " ▼"}
 # accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
 PAPER = {
     "gtzan": {
@@ -46,72 +52,8 @@ PAPER = {
 }
 
 
-class Table1DataConfig(Section):
-    """Token folders of the labelled corpora."""
-
-    gtzan: str = Field(description="tokens of GTZAN")
-    nsynth: str = Field(description="tokens of NSynth")
-    music_speech: str = Field(description="tokens of GTZAN music/speech")
-
-
-class CheckpointsConfig(Section):
-    """Pretrained encoders."""
-
-    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
-    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
-
-
-class TasksConfig(Section):
-    """How each corpus is split."""
-
-    gtzan: TaskConfig = Field(TaskConfig(label="genre"), description="music genre")
-    nsynth: TaskConfig = Field(
-        TaskConfig(label="instrument_family_str", protocol="official"), description="instrument family"
-    )
-    music_speech: TaskConfig = Field(TaskConfig(label="class"), description="music or speech")
-
-
-class Table1OutputConfig(Section):
-    """Where the table goes."""
-
-    url: str = Field(description="run folder, on a local or shared disk")
-
-
-class CellsConfig(Section):
-    """The budget of every cell."""
-
-    lrs: list[float] = Field([3e-5, 1e-4, 3e-4], min_length=1, description="learning rates tried by every arm")
-    finetune: dict[str, Any] = Field(
-        {}, description="sections train, optim, drop and zero of a finetune config, the same for every cell"
-    )
-    gpus_each: float = Field(0, ge=0, description="GPUs per run; 0 runs on CPUs, one thread a run")
-
-    @model_validator(mode="after")
-    def _finetune_is_a_budget(self) -> "CellsConfig":
-        wrong = sorted(set(self.finetune) - {"train", "optim", "drop", "zero"})
-        if wrong:
-            raise ValueError(f"finetune.{wrong[0]}: the table sets it; only train, optim, drop and zero may stand here")
-        if "lr" in (self.finetune.get("optim") or {}):
-            raise ValueError("finetune.optim.lr: the rates are cells.lrs")
-        return self
-
-
-class Table1Config(Section):
-    """Everything `launch/table1.py` needs."""
-
-    data: Table1DataConfig = Field(description="token folders")
-    checkpoints: CheckpointsConfig = Field(description="pretrained encoders")
-    output: Table1OutputConfig = Field(description="where the table goes")
-    tasks: TasksConfig = Field(TasksConfig(), description="how each corpus is split")
-    cells: CellsConfig = Field(CellsConfig(), description="the budget of every cell")
-    seeds: list[int] = Field([0], min_length=1, description="one run per seed; splits are drawn from it too")
-    storage: StorageConfig = Field(StorageConfig(), description="object stores")
-
-    @model_validator(mode="after")
-    def _no_repeats(self) -> "Table1Config":
-        if len(set(self.seeds)) < len(self.seeds) or len(set(self.cells.lrs)) < len(self.cells.lrs):
-            raise ValueError("seeds and cells.lrs must not repeat a value")
-        return self
+Arms = dict[str, tuple[str, dict[float, str]]]  # row of the table -> fine-tuning's arm, and its checkpoint by bitrate
+ScoreBaselines = Callable[["LabelledTokens", Sequence[int], Sequence[float]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +67,7 @@ class LabelledTokens:
 
 @dataclass(frozen=True)
 class Cell:
-    """One classifier to train."""
+    """One classifier to train; `arm` is the row's name."""
 
     task: LabelledTokens
     arm: str
@@ -159,14 +101,20 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
 def describe_plan(config: Table1Config, job: CellJob) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    cells = _cells(rows_of(config), config.seeds, config.cells)
-    _configs(cells, _checkpoints(config), config.cells, config.output.url, config.storage, job)
+    arms = _arms(config)
+    cells = _cells(rows_of(config), arms, config.seeds, config.cells)
+    _configs(cells, arms, config.cells, config.output.url, config.storage, job)
     rates = len(config.cells.lrs)
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
-def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
+def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> dict[str, Any]:
     """Make the paper's table; finished runs are not repeated, and a finished table is not made again.
+
+    Args:
+        config: the job.
+        job: trains one cell.
+        score_baselines: (row, seeds, bitrates in kbps) -> what the cells are held against; where `baselines` is set.
 
     Returns:
         The table, as `table1.json` holds it.
@@ -185,61 +133,80 @@ def run(config: Table1Config, job: CellJob) -> dict[str, Any]:
         return finished
     describe_plan(config, job)  # checks every input before anything is written
     run_folder.write_config(path, config)
-    checkpoints, output = _checkpoints(config), config.output.url
-    return run_cells(rows_of(config), checkpoints, config.cells, config.seeds, output, config.storage, job)
+    output, rows = config.output.url, rows_of(config)
+    table = train_cells(rows, _arms(config), config.cells, config.seeds, output, config.storage, job)
+    if config.baselines:
+        table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
+    write_table(table, output)
+    return table
 
 
-def run_cells(
+def train_cells(
     rows: Sequence[LabelledTokens],
-    checkpoints: dict[float, str],
+    arms: Arms,
     budget: CellsConfig,
     seeds: Sequence[int],
     output_url: str,
     stores: StorageConfig,
     job: CellJob,
 ) -> dict[str, Any]:
-    """Train every cell of a table of any tasks, choose learning rates, write table1.json and table1.md."""
-    cells = _cells(rows, seeds, budget)
-    configs = _configs(cells, checkpoints, budget, output_url, stores, job)
+    """Train every cell of a table of any tasks; return the table with the learning rates that validation chose."""
+    cells = _cells(rows, arms, seeds, budget)
+    configs = _configs(cells, arms, budget, output_url, stores, job)
     results = _fan_out(configs, job, budget.gpus_each)
-    table = _choose(rows, list(zip(cells, results, strict=True)))
+    return _choose(rows, list(zip(cells, results, strict=True)))
+
+
+def write_table(table: dict[str, Any], output_url: str) -> None:
+    """Write table1.md, and table1.json last, which says that the table is finished."""
     storage.publish_bytes(storage.join(output_url, "table1.md"), to_markdown(table).encode())
     storage.publish_bytes(storage.join(output_url, TABLE), json.dumps(table, indent=1).encode())
-    say(f"{len(cells)} fine-tuning runs -> {storage.join(output_url, 'table1.md')}")
-    return table
+    say(f"{len(table['cells'])} classifiers -> {storage.join(output_url, 'table1.md')}")
 
 
-def _checkpoints(config: Table1Config) -> dict[float, str]:
-    return {1.5: config.checkpoints.kbps_1k5, 12.0: config.checkpoints.kbps_12k}
+def paper_arms(checkpoints: dict[float, str]) -> Arms:
+    """Return the three arms of the paper, for a checkpoint at each bitrate."""
+    return {arm: (arm, checkpoints) for arm in ARMS}
+
+
+def _arms(config: Table1Config) -> Arms:
+    return paper_arms(_by_bitrate(config.checkpoints)) | {
+        name: (further.arm, _by_bitrate(further)) for name, further in config.further.items()
+    }
+
+
+def _by_bitrate(config: CheckpointsConfig | FurtherArmConfig) -> dict[float, str]:
+    return dict(zip(BITRATES_KBPS, (config.kbps_1k5, config.kbps_12k), strict=True))
 
 
 def _configs(
     cells: Sequence[Cell],
-    checkpoints: dict[float, str],
+    arms: Arms,
     budget: CellsConfig,
     output_url: str,
     stores: StorageConfig,
     job: CellJob,
 ) -> list[Any]:
     """Return every cell's config, its inputs checked before anything runs (once for each task, arm and bitrate)."""
-    trees = [_finetune_tree(cell, checkpoints, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
+    trees = [_finetune_tree(cell, arms, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
     configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
     for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
         job.check(config)
     return configs
 
 
-def _cells(rows: Sequence[LabelledTokens], seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
-    return [Cell(*parts) for parts in itertools.product(rows, ARMS, BITRATES_KBPS, seeds, budget.lrs)]
+def _cells(rows: Sequence[LabelledTokens], arms: Arms, seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
+    return [Cell(*parts) for parts in itertools.product(rows, arms, BITRATES_KBPS, seeds, budget.lrs)]
 
 
-def _finetune_tree(cell: Cell, checkpoints: dict[float, str], budget: CellsConfig, output_url: str) -> dict[str, Any]:
+def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(json.dumps(budget.finetune))
     tree.setdefault("optim", {})["lr"] = cell.lr
+    arm, checkpoints = arms[cell.arm]
     return tree | {
         "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
         "task": cell.task.task.model_dump(),
-        "arm": cell.arm,
+        "arm": arm,
         "checkpoint": checkpoints[cell.bitrate_kbps],
         "output": {"url": storage.join(output_url, "cells", cell.name), "save_model": False},
         "seed": cell.seed,
@@ -261,7 +228,7 @@ def _train(
     configs: list[Any], numbers: list[int], total: int, job: CellJob, gpus_each: float
 ) -> dict[int, dict[str, Any]]:
     ray = start_ray()
-    task = ray.remote(_one).options(num_cpus=1, num_gpus=gpus_each)
+    task = ray.remote(one_thread_on_cpus).options(num_cpus=1, num_gpus=gpus_each)
     waiting = {task.remote(job.run, config): number for number, config in zip(numbers, configs, strict=True)}
     results: dict[int, dict[str, Any]] = {}
     progress = Progress("fine-tuning", total, total - len(waiting), "runs")
@@ -283,18 +250,20 @@ def _train(
     return results
 
 
-def _one(finetune: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
+def one_thread_on_cpus(finetune: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
+    """Train a classifier in a worker of Ray's; many small ones run side by side on CPUs, each on a core."""
     import torch
 
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # one core a run: many small runs side by side
+        torch.set_num_threads(1)
     return finetune(config, quiet=True)
 
 
 def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, Any]]]) -> dict[str, Any]:
     """Keep, for each task, arm and bitrate, the learning rate that is best on validation over all seeds."""
     cells, summary = [], []
-    for task, arm, kbps in itertools.product(rows, ARMS, BITRATES_KBPS):
+    arms = dict.fromkeys(c.arm for c, _ in finished)
+    for task, arm, kbps in itertools.product(rows, arms, BITRATES_KBPS):
         group = [(c, r) for c, r in finished if (c.task.name, c.arm, c.bitrate_kbps) == (task.name, arm, kbps)]
         lrs = sorted({c.lr for c, _ in group})
 
@@ -307,8 +276,9 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
         lr = max(lrs, key=merit)
         chosen = [r for c, r in group if c.lr == lr]
         for result in chosen:
-            cells.append({"task": task.name, **result})
-        low, high = _interval(chosen)
+            cells.append({"task": task.name, **result, "arm": arm})
+        low, high = interval(chosen)
+        paper = _paper(task.name, arm, kbps)
         summary.append(
             {
                 "task": task.name,
@@ -321,10 +291,11 @@ def _choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str,
                 "accuracy_ci95": [low, high],
                 "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
                 "count": chosen[0]["count"],
-                "paper": _paper(task.name, arm, kbps),
+                "paper": paper,
+                "against_paper": _against(paper, low, high),
             }
         )
-    return {"cells": cells, "summary": summary}
+    return {"cells": cells, "summary": summary, "baselines": {}}
 
 
 def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
@@ -335,9 +306,16 @@ def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:
     return {"accuracy": accuracy / 100, "macro_f1": f1 / 100}
 
 
-def _interval(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """95% interval of the accuracy: Student's t over seeds; Wilson's over the test recordings where there is one seed, or
-    where all agree."""
+def _against(paper: dict[str, float] | None, low: float, high: float) -> str | None:
+    """Return whether the interval lies above or below the paper's accuracy; None if it holds it."""
+    if paper is None or low <= paper["accuracy"] <= high:
+        return None
+    return "above" if low > paper["accuracy"] else "below"
+
+
+def interval(results: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the 95% interval of the accuracy: Student's t over seeds; Wilson's over the test recordings where there is
+    one seed, or where all agree."""
     values = [r["accuracy"] for r in results]
     if np.ptp(values) == 0:
         count = results[0]["count"]
@@ -348,19 +326,26 @@ def _interval(results: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def to_markdown(table: dict[str, Any]) -> str:
-    """Return the table in the paper's shape: percent, accuracy with its 95% interval, the paper's figure in brackets."""
+    """Return the table in the paper's shape: percent, accuracy with its 95% interval, the paper's figure in brackets,
+    ▲ or ▼ where it lies outside the interval and ours is above or below it."""
     lines = ["| Dataset | Type | Acc. 1.5 | Acc. 12 | F1 1.5 | F1 12 | n |", "|---|---|---|---|---|---|---|"]
     found = {(s["task"], s["arm"], s["bitrate_kbps"]): s for s in table["summary"]}
     for task in dict.fromkeys(s["task"] for s in table["summary"]):
-        for arm in ARMS:
+        for arm in dict.fromkeys(s["arm"] for s in table["summary"]):
             two = [found[task, arm, kbps] for kbps in BITRATES_KBPS]
             columns = [_percent(s, "accuracy", s["accuracy_ci95"]) for s in two]
             columns += [_percent(s, "macro_f1", None) for s in two]
             lines.append(f"| {task} | {arm} | {' | '.join(columns)} | {two[0]['count']} |")
+        for name, result in table["baselines"].get(task, {}).items():
+            own = [result.get("bitrate_kbps") in (None, kbps) for kbps in BITRATES_KBPS]
+            scores = (_percent(result, "accuracy", result["accuracy_ci95"]), _percent(result, "macro_f1", None))
+            columns = [score if shown else "" for score in scores for shown in own]
+            lines.append(f"| {task} | {name} | {' | '.join(columns)} | {result['count']} |")
     return "\n".join(lines) + "\n"
 
 
 def _percent(cell: dict[str, Any], metric: str, interval: Sequence[float] | None) -> str:
     text = f"{100 * cell[metric]:.2f}"
     text += f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else ""
-    return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell["paper"] else "")
+    text += _MARKS.get(cell.get("against_paper") or "", "") if interval else ""
+    return text + (f" ({100 * cell['paper'][metric]:.2f})" if cell.get("paper") else "")

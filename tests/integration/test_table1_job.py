@@ -21,7 +21,9 @@ def inputs(tmp_path_factory) -> list[str]:
 
 
 def table1(output: Path, inputs: list[str], *overrides: str) -> list[str]:
-    return command("table1.py", "configs/table1/smoke.yaml", f"output.url={output}", *inputs, *overrides)
+    return command(
+        "table1.py", "configs/table1/smoke.yaml", f"output.url={output}", "baselines=false", *inputs, *overrides
+    )
 
 
 def test_table_is_made_once_and_goes_on_where_it_stopped(inputs, tmp_path):

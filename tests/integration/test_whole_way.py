@@ -12,10 +12,11 @@ import soundfile
 from conftest import ROOT, command, run
 from support import tone, write_tones
 
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
+from megascale.table_baselines import CHANCE, LOG_MEL, bag_of_codes
 
 TASKS = ("gtzan", "nsynth", "music_speech")
-LOG_MEL = "log-mel logistic regression"
+BASELINES = (LOG_MEL, bag_of_codes(1.5), bag_of_codes(12), CHANCE)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_every_cell_of_the_table_is_there_with_its_scores(made):
         assert cell["lr"] in cell["lrs_tried"]
     assert len({tuple(c["lrs_tried"]) for c in cells.values()}) == 1 and "train" in summary["budget"]["finetune"]
     for task in TASKS:
-        assert {"chance", "log-mel logistic regression"} <= summary["baselines"][task].keys()
+        assert tuple(summary["baselines"][task]) == BASELINES
     assert summary["above_unigram_q0"].keys() == {"1.5", "12"}
     assert "scratch" in summary["verdict"]
 
@@ -49,7 +50,7 @@ def test_terminal_ends_with_the_table_and_what_to_run_next(made):
         assert all(re.search(r"  (\d+[smhd]\w* (taken|left)|\? left)", line) for line in lines), lines
         assert re.search(r"  \d+[smhd]\w* taken", lines[-1])
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
-    assert [row[:2] for row in rows] == [[task, kind] for task in TASKS for kind in (*ARMS, LOG_MEL, "chance")]
+    assert [row[:2] for row in rows] == [[task, kind] for task in TASKS for kind in (*ARMS, *BASELINES)]
     cells = {
         (c["task"], c["arm"], c["bitrate_kbps"]): c for c in json.loads((output / "summary.json").read_text())["cells"]
     }
@@ -95,7 +96,7 @@ def test_own_folder_is_classified_by_its_sub_folders_and_lies_beside_what_was_ma
     summary = json.loads((output / "summary.json").read_text())
     assert {c["task"] for c in summary["cells"]} == {"folders"} and len(summary["cells"]) == 6
     assert all(c["count"] == 6 for c in summary["cells"])
-    assert summary["baselines"]["folders"][LOG_MEL]["classes"] == ["high", "low"]
+    assert summary["baselines"]["folders"][LOG_MEL]["seeds"][0]["classes"] == ["high", "low"]
     table = json.loads((output / "table1" / "table1.json").read_text())
     assert all(cell["classes"] == ["high", "low"] for cell in table["cells"])
     # 16 and 15 recordings: the half readable one is among them, the broken ones and the small folders are not

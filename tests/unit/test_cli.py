@@ -13,7 +13,8 @@ from support import write_pretrained, write_token_folder, write_tones
 
 from megascale import cli
 from megascale.config import Section
-from megascale.downstream.table1 import Table1Config
+from megascale.downstream.table1_config import Table1Config
+from megascale.downstream.watch import WatchConfig
 from megascale.quickstart import QuickstartConfig
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.pretrain_config import PretrainConfig
@@ -25,6 +26,7 @@ SCHEMAS = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "table1": Table1Config,
+    "watch": WatchConfig,
     "quickstart": QuickstartConfig,
 }
 RECIPES = {
@@ -33,6 +35,7 @@ RECIPES = {
     "finetune": "finetune/smoke.yaml data.url=tokens arm=scratch checkpoint=null",
     "table1": "table1/small.yaml data.gtzan=tokens data.nsynth=tokens data.music_speech=tokens "
     "tasks.gtzan.label=class tasks.nsynth.label=class checkpoints.1k5=model-q2 checkpoints.12k=model-q16",
+    "watch": "watch/smoke.yaml run=run tasks.class.url=tokens",
     "quickstart": "quickstart/small.yaml data=audio",
 }
 jobs = pytest.mark.parametrize("job", SCHEMAS)
@@ -58,6 +61,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder that holds a token folder and some audio."""
     write_token_folder(tmp_path / "tokens", 32, num_codebooks=16)
     write_tones(tmp_path / "audio", 4, seconds=1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")  # of a pretraining run without a checkpoint yet
     for num_codebooks in (2, 16):
         write_pretrained(tmp_path / f"model-q{num_codebooks}", num_codebooks)
     monkeypatch.chdir(tmp_path)
@@ -85,8 +90,9 @@ def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]
     for name, field in schema.model_fields.items():
         options = [field.annotation, *typing.get_args(field.annotation)]
         inner = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+        named = "NAME." if typing.get_origin(field.annotation) is dict else ""
         if inner:
-            yield from keys_of(inner[0], f"{prefix}{field.alias or name}.")
+            yield from keys_of(inner[0], f"{prefix}{field.alias or name}.{named}")
         else:
             hidden = [o for o in options if dataclasses.is_dataclass(o) or hasattr(o, "model_fields")]
             assert not hidden, f"{prefix}{name}: what has keys must be a Section, or --help lists none of them"

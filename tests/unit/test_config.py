@@ -8,7 +8,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megascale.config import Section, describe_keys, dump_config, load_config
-from megascale.downstream.table1 import Table1Config
+from megascale.downstream.table1_config import Table1Config
+from megascale.downstream.watch import WatchConfig
 from megascale.errors import ConfigError
 from megascale.tokenize.plan import TokenizeConfig
 
@@ -263,12 +264,19 @@ def test_dumped_config_loads_back_equal(tmp_path, schema, overrides):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(RECIPES.glob("tokenize/*.yaml")) + sorted(RECIPES.glob("table1/*.yaml")), ids=str
+    "path", [path for job in ("tokenize", "table1", "watch") for path in sorted(RECIPES.glob(f"{job}/*.yaml"))], ids=str
 )
 def test_recipe_in_the_repository_is_valid(path):
-    schema = TokenizeConfig if path.parent.name == "tokenize" else Table1Config
-    config = load_config(schema, path.parent.name, str(path))
+    schemas = {"tokenize": TokenizeConfig, "table1": Table1Config, "watch": WatchConfig}
+    config = load_config(schemas[path.parent.name], path.parent.name, str(path))
     assert yaml.safe_load(dump_config(config))["output"]["url"]
+
+
+def test_sections_that_the_user_names_are_told_and_checked_like_others():
+    assert "  tasks.NAME.url " in describe_keys(WatchConfig)
+    mine = ["tasks.mine.url=t", "tasks.mine.urll=t", "tasks.mine.task.label=l"]
+    with pytest.raises(ConfigError, match=r"^watch\.tasks\.mine\.urll=t: unknown key; did you mean 'url'\?$"):
+        load_config(WatchConfig, "watch", None, ["run=r", "output.url=o", *mine])
 
 
 def test_key_that_python_cannot_spell_is_written_by_its_alias():
@@ -285,7 +293,10 @@ def test_errors_spell_an_aliased_key_as_the_user_does():
         load_config(Table1Config, "table1", None, [*TABLE1, "checkpoints.1k6=x"])
 
 
-@pytest.mark.parametrize(("schema", "overrides"), [(TokenizeConfig, TOKENIZE), (Table1Config, TABLE1)])
+@pytest.mark.parametrize(
+    ("schema", "overrides"),
+    [(TokenizeConfig, TOKENIZE), (Table1Config, [*TABLE1, "further.NAME.1k5=a", "further.NAME.12k=b"])],
+)
 def test_help_has_every_key_with_type_default_and_meaning(schema, overrides):
     lines = describe_keys(schema).splitlines()
     heads, meanings = lines[0::2], lines[1::2]

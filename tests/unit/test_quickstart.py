@@ -17,16 +17,16 @@ from support import FINGERPRINT, tone
 from megascale import quickstart, quickstart_report, run_folder, storage
 from megascale.data.index import MANIFEST, CodecFacts, Manifest, ShardFacts
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS, LabelledTokens
+from megascale.downstream.table1 import LabelledTokens
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
 from megascale.errors import AudioError, DataError, QuarantineExceeded, StorageError
 from megascale.quickstart import QuickstartConfig
+from megascale.table_baselines import LOG_MEL, bag_of_codes, score_baselines
 from megascale.tokenize import audio
 from megascale.tokenize.clips import ClipsConfig, Recording, cut
 from megascale.tokenize.shards import EncodedClip, build_shard, plan_shards, publish_shard
 from megascale.tokenize.sources import SourceConfig, list_recordings
 from megascale.tokens import model_name
-
-LOG_MEL = "log-mel logistic regression"
 
 
 def write_files(folder: Path, counts: dict[str, int], seconds: float = 0.25) -> None:
@@ -162,7 +162,7 @@ def test_baselines_read_what_was_tokenised_and_no_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(audio, "read_clip", watched)
     task = TaskConfig(label="class", classes=["highest", "low"], protocol="stratified", valid_share=0.2, test_share=0.2)
-    found = quickstart_report.score_baselines(LabelledTokens("folders", url, task), seed=0)
+    found = score_baselines(LabelledTokens("folders", url, task), [0], (1.5,))
     assert sorted(read) == sorted(
         (f"{name}/{i:02d}.wav", start, 0.25)
         for name in ("low", "highest")
@@ -172,6 +172,8 @@ def test_baselines_read_what_was_tokenised_and_no_more(tmp_path, monkeypatch):
     )
     assert found[LOG_MEL]["count"] == 2
     assert found["chance"]["accuracy"] == 0.5
+    assert found[bag_of_codes(1.5)]["bitrate_kbps"] == 1.5
+    assert found[bag_of_codes(1.5)]["count"] == 2
 
 
 def test_recording_that_is_gone_is_told(tmp_path):
@@ -180,7 +182,7 @@ def test_recording_that_is_gone_is_told(tmp_path):
     (tmp_path / "data" / "low" / "03.wav").unlink()
     task = TaskConfig(label="class", protocol="stratified", valid_share=0.2, test_share=0.2)
     with pytest.raises(DataError, match=r"low/03.wav: was tokenised, and is no longer"):
-        quickstart_report.score_baselines(LabelledTokens("folders", url, task), seed=0)
+        score_baselines(LabelledTokens("folders", url, task), [0], (1.5,))
 
 
 # --------------------------------------------------------------------------------------------------- what is told
@@ -213,7 +215,11 @@ def test_terminal_table_has_a_row_per_arm_and_baseline():
         for i, arm in enumerate(ARMS)
         for kbps in BITRATES_KBPS
     ]
-    summary = {"cells": cells, "baselines": {"genres": {LOG_MEL: {"accuracy": 0.25, "macro_f1": 0.2, "count": 7}}}}
+    found = {
+        LOG_MEL: {"accuracy": 0.25, "macro_f1": 0.2, "count": 7},
+        "bag": {"accuracy": 0.35, "macro_f1": 0.3, "count": 7, "bitrate_kbps": 12.0},
+    }
+    summary = {"cells": cells, "baselines": {"genres": found}}
     out = io.StringIO()
     Console(file=out, width=80).print(quickstart_report.terminal_table(summary))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
@@ -221,7 +227,8 @@ def test_terminal_table_has_a_row_per_arm_and_baseline():
         ["genres", "scratch", "1.5 (50.0)", "12.0 (50.0)", "7"],
         ["genres", "ft", "11.5 (50.0)", "22.0 (50.0)", "7"],
         ["genres", "ft_aug", "21.5 (50.0)", "32.0 (50.0)", "7"],
-        ["genres", LOG_MEL, "25.0 (20.0)", "", "7"],
+        ["genres", LOG_MEL, "25.0 (20.0)", "25.0 (20.0)", "7"],
+        ["genres", "bag", "", "35.0 (30.0)", "7"],
     ]
     numbers = [line.split("│")[3] for line in out.getvalue().splitlines() if "│" in line]
     assert all(cell.endswith(") ") for cell in numbers[:3]), "numbers are flush right"

@@ -79,7 +79,7 @@ def table(tasks: tuple[str, ...] = ("gtzan", "nsynth"), accuracy: float | None =
         macro_f1 = cell["accuracy"] - 0.05
         interval = [cell["accuracy"] - 0.04, cell["accuracy"] + 0.06]
         summary.append(shown | {"macro_f1": macro_f1, "accuracy_ci95": interval})
-    return {"cells": cells, "summary": summary}
+    return {"cells": cells, "summary": summary, "baselines": {}}
 
 
 def pretrained(folder: Path, losses: list[float], num_codebooks: int = 2, validated: bool = True) -> dict[str, Any]:
@@ -159,19 +159,24 @@ def test_pictures_lie_beside_the_page_and_are_those_in_it(folder):
 
 def test_table_has_a_row_per_arm_and_baseline_with_ours_beside_the_papers(tmp_path):
     page = report.Page("Table", str(tmp_path))
-    baseline = {"accuracy": 0.5, "macro_f1": 0.25, "count": 4}
-    report.add_table(page, table(), PAPER, {"gtzan": {"log-mel": baseline}, "nsynth": {"log-mel": baseline}})
+    baseline = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "macro_f1": 0.25, "count": 4}
+    found = table()
+    found["summary"][2]["against_paper"] = "below"
+    own = {"log-mel": baseline, "bag": baseline | {"bitrate_kbps": 12.0}}
+    report.add_table(page, found, PAPER, {"gtzan": own, "nsynth": {"log-mel": baseline}})
     header, *rows = Reader(page.write()).rows
-    assert len(rows) == 2 * (len(ARMS) + 1)
+    assert len(rows) == 2 * (len(ARMS) + 1) + 1
     assert header[-1] == "paper acc. 1.5 / 12"
     assert [len(row) for row in rows] == [len(header)] * len(rows)
     assert rows[0] == [
         *("gtzan", "scratch", "10.0 [6, 16]", "11.0 [7, 17]", "5.0", "6.0", "4", "69.00 / 63.00"),
     ]
     assert rows[2][:4] == ["", "ft_aug", "14.0 [10, 20]", "15.0 [11, 21]"]
-    assert rows[3] == ["", "log-mel", "50.0", "50.0", "25.0", "25.0", "4", ""]
-    assert rows[4][:3] == ["nsynth", "scratch", "16.0 [12, 22]"]
-    assert rows[6][-1] == "28.91 / 27.88"
+    assert rows[1][:4] == ["", "ft", "12.0 [8, 18] ▼", "13.0 [9, 19]"]
+    assert rows[3] == ["", "log-mel", "50.0 [40, 60]", "50.0 [40, 60]", "25.0", "25.0", "4", ""]
+    assert rows[4] == ["", "bag", "", "50.0 [40, 60]", "", "25.0", "4", ""]
+    assert rows[5][:3] == ["nsynth", "scratch", "16.0 [12, 22]"]
+    assert rows[7][-1] == "28.91 / 27.88"
 
 
 def test_table_without_the_papers_figures_has_no_column_for_them(tmp_path):

@@ -180,3 +180,11 @@ def test_result_has_every_score():
     found = logistic_regression(features, targets, ["a", "b"])
     assert {"accuracy", "macro_f1", "per_class", "confusion", "count", "C"} <= found.keys()
     assert found["count"] == 200
+
+
+def test_bag_of_codes_is_the_root_of_each_codes_share_over_all_windows():
+    first_QT, second_QT = np.array([[0, 1, 1], [5, 5, 5]]), np.array([[1], [7]])
+    bag = baselines.bag_of_codes([first_QT, second_QT]).reshape(2, 1024)
+    expected = np.zeros((2, 1024))
+    expected[0, [0, 1]], expected[1, [5, 7]] = [0.25, 0.75], [0.75, 0.25]
+    assert np.array_equal(bag, np.sqrt(expected).astype(np.float32))

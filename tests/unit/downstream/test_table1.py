@@ -12,12 +12,15 @@ import scipy.stats
 from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER, CellsConfig, LabelledTokens, Table1Config
+from megascale.downstream.table1 import PAPER, LabelledTokens
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig, Table1Config
 from megascale.errors import ConfigError, MegascaleError
+from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
 
 CHECKPOINTS = {1.5: "run-1k5", 12.0: "run-12k"}
+PAPERS = table1.paper_arms(CHECKPOINTS)
 LRS = [1e-4, 3e-4, 1e-3]
 BUDGET = CellsConfig(lrs=LRS, finetune={"train": {"epochs": 3}, "drop": {"p": 0.5}, "optim": {"clip_norm": 2.0}})
 ROWS = [
@@ -27,7 +30,7 @@ ROWS = [
 
 
 def trees(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
-    return [table1._finetune_tree(cell, CHECKPOINTS, BUDGET, "out") for cell in table1._cells(ROWS, seeds, BUDGET)]
+    return [table1._finetune_tree(cell, PAPERS, BUDGET, "out") for cell in table1._cells(ROWS, PAPERS, seeds, BUDGET)]
 
 
 def result(cell: table1.Cell, **scores: float) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def result(cell: table1.Cell, **scores: float) -> dict[str, Any]:
 def chosen(scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """The summary of ROWS[0], scratch, 1.5 kbps, given scores by rate and seed there; all else is equal."""
     finished = []
-    for cell in table1._cells(ROWS[:1], seeds, BUDGET):
+    for cell in table1._cells(ROWS[:1], PAPERS, seeds, BUDGET):
         here = cell.arm == "scratch" and cell.bitrate_kbps == 1.5
         finished.append((cell, result(cell, **(scores.get((cell.lr, cell.seed), {}) if here else {}))))
     found = table1._choose(ROWS[:1], finished)
@@ -63,7 +66,7 @@ def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
     for output, refused in ((url, not kept), (str(tmp_path / "t"), False)):
         tree = {"data": data, "checkpoints": {"1k5": "none", "12k": "none"}, "output": {"url": output}}
         with pytest.raises(MegascaleError, match=lost if refused else "none"):
-            table1.run(validate(Table1Config, "table1", tree), job)
+            table1.run(validate(Table1Config, "table1", tree), job, score_baselines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +166,7 @@ def test_each_arm_and_bitrate_chooses_its_own_rate():
     best = {key: LRS[i % 3] for i, key in enumerate(itertools.product(("gtzan", "nsynth"), ARMS, BITRATES_KBPS))}
     finished = [
         (cell, result(cell, valid_accuracy=float(best[cell.task.name, cell.arm, cell.bitrate_kbps] == cell.lr)))
-        for cell in table1._cells(ROWS, (0,), BUDGET)
+        for cell in table1._cells(ROWS, PAPERS, (0,), BUDGET)
     ]
     table = table1._choose(ROWS, finished)
     assert {(s["task"], s["arm"], s["bitrate_kbps"]): s["lr"] for s in table["summary"]} == best
@@ -176,7 +179,7 @@ def test_each_arm_and_bitrate_chooses_its_own_rate():
 
 
 def interval(accuracies: list[float], count: int = 100) -> tuple[float, float]:
-    return table1._interval([{"accuracy": value, "count": count} for value in accuracies])
+    return table1.interval([{"accuracy": value, "count": count} for value in accuracies])
 
 
 @pytest.mark.parametrize(("right", "count"), [(69, 100), (11, 13), (13, 13), (0, 13), (1, 4096)])
@@ -207,7 +210,7 @@ def test_markdown_has_the_papers_figures_beside_ours():
         shown = {"accuracy": (30 + i) / 100, "macro_f1": (10 + i) / 100, "count": 100}
         shown |= {"accuracy_ci95": (0.2, 0.5), "paper": table1._paper(task, arm, kbps)}
         summary.append({"task": task, "arm": arm, "bitrate_kbps": kbps, **shown})
-    lines = table1.to_markdown({"summary": summary}).splitlines()
+    lines = table1.to_markdown({"summary": summary, "baselines": {}}).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if set(line) != set("|-")]
     assert rows[0] == ["Dataset", "Type", "Acc. 1.5", "Acc. 12", "F1 1.5", "F1 12", "n"]
     assert [row[:2] for row in rows[1:]] == [[task, arm] for task in ("gtzan", "folders") for arm in ARMS]
@@ -233,3 +236,54 @@ def test_papers_figures_are_those_of_its_table_1():
         [100.0, 100.0, 100.0, 100.0],
         [100.0, 100.0, 100.0, 100.0],
     ]
+
+
+# ---------------------------------------------------------------------------------------------------- further arms
+
+
+def test_further_arm_is_fine_tuned_from_checkpoints_of_its_own_and_is_a_row_of_the_table():
+    arms = PAPERS | {"spans": ("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
+    cells = table1._cells(ROWS[:1], arms, (0,), BUDGET)
+    trees = {(c.arm, c.bitrate_kbps): table1._finetune_tree(c, arms, BUDGET, "out") for c in cells}
+    assert {tree["output"]["url"] for tree in trees.values()} == {
+        f"out/cells/gtzan-{kbps:g}kbps-{arm}-seed0-lr0.001" for arm in arms for kbps in BITRATES_KBPS
+    }
+    assert (trees["spans", 12.0]["arm"], trees["spans", 12.0]["checkpoint"]) == ("ft_aug", "spans-12k")
+    assert (trees["ft", 1.5]["arm"], trees["ft", 1.5]["checkpoint"]) == ("ft", "run-1k5")
+    table = table1._choose(ROWS[:1], [(cell, result(cell) | {"arm": arms[cell.arm][0]}) for cell in cells])
+    assert [line.split("|")[2].strip() for line in table1.to_markdown(table).splitlines()[2:]] == [*ARMS, "spans"]
+    assert {cell["arm"] for cell in table["cells"]} == {*ARMS, "spans"}
+
+
+@pytest.mark.parametrize("name", ["ft", "a b", "a/b"])
+def test_further_arm_needs_a_name_of_its_own_that_a_folder_can_have(name):
+    tree = {"data": dict.fromkeys(("gtzan", "nsynth", "music_speech"), "t"), "output": {"url": "o"}}
+    tree |= {"checkpoints": {"1k5": "a", "12k": "b"}, "further": {name: {"1k5": "a", "12k": "b"}}}
+    with pytest.raises(ConfigError, match=f"further.{name}: a name of letters"):
+        validate(Table1Config, "table1", tree)
+
+
+# ------------------------------------------------------------------------------------------- beside the paper's figures
+
+
+@pytest.mark.parametrize(("accuracy", "mark"), [(0.69, None), (0.9, "above"), (0.4, "below")])
+def test_cell_whose_interval_excludes_the_papers_figure_is_marked(accuracy, mark):
+    """The paper's GTZAN from scratch at 1.5 kbps is 69%; 100 recordings leave about 9 points to each side."""
+    found = chosen({(lr, 0): {"accuracy": accuracy} for lr in LRS})
+    assert found["against_paper"] == mark
+    table = table1._choose(
+        ROWS[:1], [(cell, result(cell, accuracy=accuracy)) for cell in table1._cells(ROWS[:1], PAPERS, (0,), BUDGET)]
+    )
+    line = next(line for line in table1.to_markdown(table).splitlines() if line.startswith("| gtzan | scratch "))
+    first = line.split("|")[3]
+    assert ("▲" in first, "▼" in first) == (mark == "above", mark == "below")
+
+
+def test_baselines_stand_below_their_task_and_a_bag_of_codes_in_its_own_column():
+    table = table1._choose(ROWS[:1], [(cell, result(cell)) for cell in table1._cells(ROWS[:1], PAPERS, (0,), BUDGET)])
+    table["baselines"] = {
+        "gtzan": {
+            "bag": {"accuracy": 0.25, "accuracy_ci95": [0.2, 0.3], "macro_f1": 0.2, "count": 9, "bitrate_kbps": 12.0}
+        }
+    }
+    assert table1.to_markdown(table).splitlines()[-1] == "| gtzan | bag |  | 25.00 [20, 30] |  | 20.00 | 9 |"

@@ -1,0 +1,100 @@
+"""What `launch/table1.py` can be told."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megascale.config import Section
+from megascale.downstream.protocols import TaskConfig
+from megascale.storage import StorageConfig
+
+ARMS = ("scratch", "ft", "ft_aug")
+BITRATES_KBPS = (1.5, 12.0)
+_ROW_NAME = re.compile(r"[\w-]+")
+
+
+class Table1DataConfig(Section):
+    """Token folders of the labelled corpora."""
+
+    gtzan: str = Field(description="tokens of GTZAN")
+    nsynth: str = Field(description="tokens of NSynth")
+    music_speech: str = Field(description="tokens of GTZAN music/speech")
+
+
+class CheckpointsConfig(Section):
+    """Pretrained encoders."""
+
+    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
+    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
+
+
+class FurtherArmConfig(Section):
+    """One more row for each corpus."""
+
+    arm: Literal["ft", "ft_aug"] = Field("ft", description="how its checkpoints are fine-tuned")
+    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
+    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
+
+
+class TasksConfig(Section):
+    """How each corpus is split."""
+
+    gtzan: TaskConfig = Field(TaskConfig(label="genre"), description="music genre")
+    nsynth: TaskConfig = Field(
+        TaskConfig(label="instrument_family_str", protocol="official"), description="instrument family"
+    )
+    music_speech: TaskConfig = Field(TaskConfig(label="class"), description="music or speech")
+
+
+class Table1OutputConfig(Section):
+    """Where the table goes."""
+
+    url: str = Field(description="run folder, on a local or shared disk")
+
+
+class CellsConfig(Section):
+    """The budget of every cell."""
+
+    lrs: list[float] = Field([3e-5, 1e-4, 3e-4], min_length=1, description="learning rates tried by every arm")
+    finetune: dict[str, Any] = Field(
+        {}, description="sections train, optim, drop and zero of a finetune config, the same for every cell"
+    )
+    gpus_each: float = Field(0, ge=0, description="GPUs per run; 0 runs on CPUs, one thread a run")
+
+    @model_validator(mode="after")
+    def _finetune_is_a_budget(self) -> "CellsConfig":
+        wrong = sorted(set(self.finetune) - {"train", "optim", "drop", "zero"})
+        if wrong:
+            raise ValueError(f"finetune.{wrong[0]}: the table sets it; only train, optim, drop and zero may stand here")
+        if "lr" in (self.finetune.get("optim") or {}):
+            raise ValueError("finetune.optim.lr: the rates are cells.lrs")
+        return self
+
+
+class Table1Config(Section):
+    """Everything `launch/table1.py` needs."""
+
+    data: Table1DataConfig = Field(description="token folders")
+    checkpoints: CheckpointsConfig = Field(description="pretrained encoders")
+    output: Table1OutputConfig = Field(description="where the table goes")
+    further: dict[str, FurtherArmConfig] = Field(
+        {}, description="more rows, such as other masks or first weights, by name"
+    )
+    tasks: TasksConfig = Field(TasksConfig(), description="how each corpus is split")
+    cells: CellsConfig = Field(CellsConfig(), description="the budget of every cell")
+    seeds: list[int] = Field([0], min_length=1, description="one run per seed; splits are drawn from it too")
+    baselines: bool = Field(
+        True,
+        description="logistic regressions on log-mel statistics and on bags of codes, too; they read all audio again",
+    )
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> "Table1Config":
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.cells.lrs)) < len(self.cells.lrs):
+            raise ValueError("seeds and cells.lrs must not repeat a value")
+        for name in self.further:
+            if name in ARMS or not _ROW_NAME.fullmatch(name):
+                raise ValueError(f"further.{name}: a name of letters, digits, - and _, and none of {', '.join(ARMS)}")
+        return self

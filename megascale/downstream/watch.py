@@ -1,0 +1,277 @@
+"""Downstream accuracy over the course of pretraining: while a run goes on, every Nth of its checkpoints is fine-tuned and
+scored, beside classifiers that were trained from scratch.
+
+A checkpoint's model is copied as soon as it is seen, so that it may be pruned while its classifiers wait for a GPU.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from megascale import run_folder, storage
+from megascale.cluster import check_stays, start_ray
+from megascale.config import Section, validate
+from megascale.downstream.protocols import TaskConfig
+from megascale.downstream.table1 import CellJob, interval, one_thread_on_cpus
+from megascale.errors import ConfigError, MegascaleError
+from megascale.log import say
+from megascale.model.config import ModelConfig
+from megascale.stopping import StopSignal
+from megascale.storage import StorageConfig
+from megascale.tokens import KBPS_PER_CODEBOOK
+from megascale.train.checkpoint import read_model, write_model
+from megascale.train.manifest import CHECKPOINTS, list_checkpoints
+
+CURVE = "watch.json"
+_COPIES = "models"
+_BUDGET = ("train", "optim", "drop", "zero")
+SCRATCH = -1  # the step of classifiers that start from new weights
+
+Key = tuple[int, str, int]  # step, task, seed
+Curve = dict[str, Any]
+
+
+class WatchTaskConfig(Section):
+    """One labelled corpus."""
+
+    url: str = Field(description="its token folder")
+    task: TaskConfig = Field(description="what is classified, and how the clips are split")
+
+
+class WatchOutputConfig(Section):
+    """Where the curve goes."""
+
+    url: str = Field(description="folder for watch.json, the page and the runs, on a local or shared disk")
+
+
+class WatchConfig(Section):
+    """Everything `launch/watch.py` needs."""
+
+    run: str = Field(description="the pretraining run, or the URL that it uploads its checkpoints to")
+    output: WatchOutputConfig = Field(description="where the curve goes")
+    tasks: dict[str, WatchTaskConfig] = Field(min_length=1, description="labelled corpora by name")
+    every: int = Field(1, ge=1, description="checkpoints are evaluated whose step is a multiple of this")
+    follow: bool = Field(
+        True, description="wait for new checkpoints until the run is finished; false: take those there are"
+    )
+    poll_seconds: float = Field(30, gt=0, description="time between two looks at the run")
+    arm: Literal["ft", "ft_aug"] = Field("ft", description="how a checkpoint is fine-tuned")
+    finetune: dict[str, Any] = Field(
+        {}, description="sections train, optim, drop and zero of a finetune config, the same for every checkpoint"
+    )
+    gpus_each: float = Field(0, ge=0, description="GPUs per classifier; 0 trains on CPUs, one thread each")
+    seeds: list[int] = Field([0], min_length=1, description="one classifier per seed; splits are drawn from it too")
+    storage: StorageConfig = Field(StorageConfig(), description="object stores")
+
+    @field_validator("finetune")
+    @classmethod
+    def _is_a_budget(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        for name in tree:
+            if name not in _BUDGET:
+                raise ValueError(f"finetune.{name}: is set here; only {', '.join(_BUDGET)} may stand in it")
+        return tree
+
+
+def describe_plan(config: WatchConfig, job: CellJob) -> str:
+    """Return what the job would do (`--dry-run`); writes nothing."""
+    storage.configure(config.storage)
+    if not storage.exists(storage.join(config.run, run_folder.CONFIG)):
+        raise ConfigError(
+            f"watch.run={config.run}: no pretraining run there: {run_folder.CONFIG} is missing; start it first"
+        )
+    steps = _committed(config)
+    if not steps and not config.follow:
+        raise ConfigError(f"watch.run={config.run}: has no checkpoint whose step is a multiple of every={config.every}")
+    for url in list(steps.values())[:1]:
+        _check(config, url, job)
+    seeds = len(config.seeds)
+    return (
+        f"{config.run}: {len(steps)} checkpoints so far; {len(config.tasks)} tasks x {seeds} seeds for each, and from scratch "
+        f"-> {config.output.url}"
+    )
+
+
+def run(config: WatchConfig, job: CellJob, report: Callable[[Curve], None]) -> Curve:
+    """Evaluate checkpoints as they come; finished classifiers are not trained again.
+
+    Args:
+        config: the job.
+        job: trains one classifier.
+        report: told the curve whenever it grew.
+
+    Returns:
+        The curve, as `watch.json` holds it.
+
+    Raises:
+        ConfigError, DataError, TokenError, CheckpointError: bad input, or a classifier could not be trained.
+        Stopped: SIGTERM came; finished classifiers stay.
+    """
+    storage.configure(config.storage)
+    check_stays(config.output.url, "watch.output.url")
+    path = storage.local_path(config.output.url)
+    run_folder.check_config(path, config, "watch", ("storage.", "poll_seconds", "follow", "gpus_each"))
+    describe_plan(config, job)
+    with run_folder.lock(path):
+        run_folder.write_config(path, config)
+        return _Watch(config, path, job, report).follow()
+
+
+@dataclass
+class _Watch:
+    config: WatchConfig
+    path: Path
+    job: CellJob
+    report: Callable[[Curve], None]
+
+    def __post_init__(self) -> None:
+        self._results: dict[Key, dict[str, Any]] = {}
+        self._waiting: dict[Any, Key] = {}
+        self._known: set[int] = set()
+
+    def follow(self) -> Curve:
+        ray = start_ray()
+        self._train = ray.remote(one_thread_on_cpus).options(num_cpus=1, num_gpus=self.config.gpus_each)
+        with StopSignal() as stop:
+            try:
+                while True:
+                    over = not self.config.follow or storage.exists(storage.join(self.config.run, run_folder.RESULT))
+                    grew = self._begin_new()  # after that, so that a run's last checkpoint is seen
+                    grew |= self._collect(ray)
+                    if grew:
+                        self._write()
+                    if over and not self._waiting:
+                        break
+                    self._pause(stop, ray)
+            except ray.exceptions.RayTaskError as failure:
+                if isinstance(failure.cause, MegascaleError):
+                    raise failure.cause from None
+                raise
+            finally:
+                for unfinished in self._waiting:
+                    ray.cancel(unfinished, force=True)
+        return self._curve()
+
+    def _begin_new(self) -> bool:
+        """Start the classifiers of checkpoints that were not there before; return whether finished ones were found."""
+        grew = False
+        for step, url in _committed(self.config).items():
+            if step in self._known:
+                continue
+            copy = self.path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one
+            try:
+                _copy_model(url, copy)
+            except MegascaleError:
+                if step in _committed(self.config):
+                    raise
+                say(
+                    f"{url}: was pruned before it could be read; a larger checkpoint.keep_last, or keep_every, keeps it"
+                )
+                continue
+            _check(self.config, str(copy), self.job)
+            first = not self._known
+            self._known.add(step)
+            for each in (SCRATCH, step) if first else (step,):
+                grew |= self._begin(each, copy)
+        return grew
+
+    def _begin(self, step: int, copy: Path) -> bool:
+        found = False
+        for config, key in _configs(self.config, step, str(copy), self.job):
+            folder = storage.local_path(config.output.url)
+            run_folder.check_config(folder, config, "finetune", ("storage.",))
+            finished = run_folder.read_result(folder)
+            if finished is None:
+                self._waiting[self._train.remote(self.job.run, config)] = key
+            else:
+                self._results[key], found = finished, True
+        return found
+
+    def _collect(self, ray: Any) -> bool:
+        done = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)[0] if self._waiting else []
+        for finished in done:
+            key = self._waiting.pop(finished)
+            self._results[key] = ray.get(finished)
+            step, task, seed = key
+            what = "from scratch" if step == SCRATCH else f"step {step}"
+            say(f"{what}, {task}, seed {seed}: accuracy {self._results[key]['accuracy']:.3f}")
+        return bool(done)
+
+    def _pause(self, stop: StopSignal, ray: Any) -> None:
+        until = time.monotonic() + self.config.poll_seconds
+        while time.monotonic() < until:
+            stop.check()
+            if self._waiting and ray.wait(list(self._waiting), timeout=0.5)[0]:
+                return
+            if not self._waiting:
+                time.sleep(0.5)
+
+    def _curve(self) -> Curve:
+        points = []
+        for step, task in sorted({(step, task) for step, task, _ in self._results}):
+            found = [r for (s, t, _), r in sorted(self._results.items()) if (s, t) == (step, task)]
+            low, high = interval(found)
+            points.append(
+                {
+                    "step": None if step == SCRATCH else step,
+                    "task": task,
+                    "accuracy": float(np.mean([r["accuracy"] for r in found])),
+                    "accuracy_ci95": [low, high],
+                    "macro_f1": float(np.mean([r["macro_f1"] for r in found])),
+                    "seeds": [r["seed"] for r in found],
+                    "count": found[0]["count"],
+                }
+            )
+        return {"run": self.config.run, "arm": self.config.arm, "points": points, "waiting": len(self._waiting)}
+
+    def _write(self) -> None:
+        curve = self._curve()
+        storage.publish_bytes(str(self.path / CURVE), json.dumps(curve, indent=1).encode())
+        self.report(curve)
+
+
+def _committed(config: WatchConfig) -> dict[int, str]:
+    """Return the URLs of the run's checkpoints that are to be evaluated, by step."""
+    listed = list_checkpoints(storage.join(config.run, CHECKPOINTS))
+    return {each.step: each.url for each in listed if each.manifest is not None and each.step % config.every == 0}
+
+
+def _copy_model(url: str, folder: Path) -> None:
+    """Copy a checkpoint's verified model; `config.json`, written last, says that the copy is whole."""
+    if not (folder / "config.json").exists():
+        write_model(folder, *read_model(url))
+
+
+def _configs(config: WatchConfig, step: int, checkpoint: str, job: CellJob) -> list[tuple[Any, Key]]:
+    """Return the configs of one checkpoint's classifiers, or of those from scratch."""
+    _, facts = read_model(checkpoint)
+    name = "scratch" if step == SCRATCH else f"step-{step:08d}"
+    configs = []
+    for task, labelled in config.tasks.items():
+        for seed in config.seeds:
+            tree = config.finetune | {
+                "data": {"url": labelled.url, "bitrate_kbps": facts["num_codebooks"] * KBPS_PER_CODEBOOK},
+                "task": labelled.task.model_dump(),
+                "arm": "scratch" if step == SCRATCH else config.arm,
+                "checkpoint": None if step == SCRATCH else checkpoint,
+                "model": ModelConfig(**facts["model"]).model_dump(),
+                "output": {
+                    "url": storage.join(config.output.url, "runs", f"{name}-{task}-seed{seed}"),
+                    "save_model": False,
+                },
+                "storage": config.storage.model_dump(),
+                "seed": seed,
+            }
+            configs.append((validate(job.schema, "watch.finetune", tree), (step, task, seed)))
+    return configs
+
+
+def _check(config: WatchConfig, checkpoint: str, job: CellJob) -> None:
+    for step in (SCRATCH, 0):
+        for each, _ in _configs(config, step, checkpoint, job):
+            job.check(each)
