@@ -48,7 +48,7 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is labelled. A run does `batch` clips; `few` at a time is what one call gets."""
+    """What is labelled; `batches`: how many clips one call gets."""
 
     seconds: float = 10.0
     batches: tuple[int, ...] = (1, 8)

@@ -23,6 +23,7 @@ class Lines:
         """`hold`: keep the lines of bad inputs back until the first good one, because with none there is no line at all."""
         self._out, self._classes, self._embeddings, self._hold = out, classes, embeddings, hold
         self._held: list[dict[str, Any]] = []
+        self.has_labels = classes is not None
         self.num_clips = self.num_bad = 0
         self.first_error: MegascaleError | None = None
 
@@ -122,11 +123,13 @@ def _parts(items: Iterator[Clip | Failure], size: int) -> Iterator[list[Clip | F
 
 def finish(lines: Lines, embeddings: EmbeddingFile | None) -> int:
     """Publish the embeddings, say what was done, and return the exit code: 0, or 3 if there were bad inputs."""
-    told = f"{lines.num_clips} clips answered for on stdout"
+    told = f"{lines.num_clips} clips {'labelled' if lines.has_labels else 'listed'} on stdout"
     if embeddings is not None and len(embeddings):
         embeddings.publish()
         read = "pandas.read_parquet" if embeddings.is_parquet else "numpy.load"
-        told += f", embeddings -> {embeddings.url}; next: {read}({embeddings.url!r})"
+        told += f", their embeddings -> {embeddings.url}; next: {read}({embeddings.url!r})"
+    elif not lines.num_bad:
+        told += "; next: with --embeddings OUT.parquet, what the labels were made of"
     if lines.num_bad:
         told += f'; {lines.num_bad} could not be read: mend those whose lines say "error", and run them again'
     say(told)

@@ -128,6 +128,8 @@ class Inputs:
 
     def _token_folder(self, url: str) -> list[Source]:
         manifest = read_manifest(url)
+        if not manifest.num_clips:
+            raise DataError(f"{url}: a token folder without a clip")
         self._check_codec(url, manifest.codec.fingerprint)
         if manifest.codec.num_codebooks < self._num_codebooks:
             stored = manifest.codec.num_codebooks
@@ -191,7 +193,7 @@ class Inputs:
             longest = payload_bytes(int(self._most_seconds * FRAMES_PER_SECOND + 1) * _MOST_CODEBOOKS)
             return [(None, storage.read_start(source.url, LONGEST_HEADER + longest + 1))]
         sha256 = source.sha256 or self._indexed_sha256(source.url)
-        data = storage.read_bytes(source.url)
+        data = b"".join(storage.read_blocks(source.url))
         if sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise DataError(f"{source.url}: its sha256 is not the one that was committed; changed or damaged")
         members = shard_members(data, source.url)

@@ -63,7 +63,7 @@ class Predictor:
             first = failure.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise CheckpointError(f"{url}: config.json: {key}: {first['msg']}") from None
-        self.classes = self.facts.classes
+        self._url, self.classes = url, self.facts.classes
         self.device, self.batch = device, batch
         try:
             self._encoder = GlobalEncoder(self.facts.model, self.facts.num_codebooks)
@@ -86,6 +86,9 @@ class Predictor:
             clips: codes_QT of each, of any lengths; nothing is padded: windows of equal length go together.
             window_frames: a longer clip is cut to the fewest windows of this length that cover it, evenly spread (they
                 overlap where they must), which count alike; None takes every clip in one pass.
+
+        Raises:
+            CheckpointError: what comes out is not finite.
         """
         windows = [
             (i, start) for i, codes_QT in enumerate(clips) for start in _starts(codes_QT.shape[1], window_frames)
@@ -114,8 +117,10 @@ class Predictor:
         ]
 
     def _forward(self, codes_BQT: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        codes_BTQ = torch.from_numpy(codes_BQT).to(self.device).long().transpose(1, 2)
+        codes_BTQ = torch.from_numpy(codes_BQT).to(self.device).long().transpose(1, 2).contiguous()
         mean_BD = self._encoder(codes_BTQ).mean(dim=1)
+        if not bool(torch.isfinite(mean_BD).all()):
+            raise CheckpointError(f"{self._url}: puts out what is no finite number; did its training diverge?")
         if self._head is None:
             return mean_BD.cpu().numpy(), None
         return mean_BD.cpu().numpy(), self._head(mean_BD).softmax(dim=-1).cpu().numpy()

@@ -88,7 +88,7 @@ def test_stdin_is_answered_line_by_line_as_it_comes(tmp_path):
             assert ("error" in line) == (clip.name == "gone.ecdc")
         process.stdin.close()
         assert process.wait(timeout=60) == 3
-        assert process.stderr.read().startswith("4 clips answered for on stdout; 1 could not be read")
+        assert process.stderr.read().startswith("4 clips labelled on stdout; 1 could not be read")
     finally:
         process.kill()
         for stream in (process.stdout, process.stderr):

@@ -70,7 +70,7 @@ def test_a_line_says_source_label_probabilities_of_all_classes_and_length(call, 
     assert (line["source"], line["frames"], line["seconds"]) == (str(path), 90, 1.2)
     assert line["probabilities"] == {name: round(float(p), 6) for name, p in zip(CLASSES, probabilities_C, strict=True)}
     assert line["label"] == max(line["probabilities"], key=line["probabilities"].get)
-    assert err.splitlines() == ["1 clips answered for on stdout"]
+    assert err == "1 clips labelled on stdout; next: with --embeddings OUT.parquet, what the labels were made of\n"
 
 
 def test_inputs_of_all_kinds_are_answered_for_in_their_order(call, model, tmp_path):
@@ -115,7 +115,7 @@ def test_a_bad_clip_is_a_line_in_its_place_and_the_job_ends_with_3(call, model, 
     assert [line["source"] for line in lines] == list(map(str, [bad, good[0], tmp_path / "gone.ecdc", good[1]]))
     assert [set(line) & {"error", "label"} for line in lines] == [{"error"}, {"label"}] * 2
     assert "language model" in lines[0]["error"] and "no such file" in lines[2]["error"]
-    assert err.startswith("2 clips answered for on stdout; 2 could not be read")
+    assert err.startswith("2 clips labelled on stdout; 2 could not be read")
 
 
 def test_if_every_input_is_bad_there_is_one_line_and_no_other(call, model, tmp_path):
@@ -203,7 +203,8 @@ def test_embeddings_are_the_models_row_by_row(call, model, tmp_path, ending, kin
     assert [set(line) & {"label", "error"} for line in lines if "error" not in line] == [
         {"label"} if kind == "classifier" else set()
     ] * 6
-    assert f"6 clips answered for on stdout, embeddings -> {out}; next: " in err
+    told = "labelled" if kind == "classifier" else "listed"
+    assert f"6 clips {told} on stdout, their embeddings -> {out}; next: " in err and "1 could not be read" in err
     answers = Predictor(str(place))([*(codes_QT.astype(np.int16) for codes_QT in made), draw_codes(40)], None)
     if ending == "npz":
         found = dict(np.load(out))  # nothing in it is pickled
@@ -273,5 +274,6 @@ def test_streams_and_shards_need_neither_codec_nor_ray_nor_deepspeed(model, tmp_
     write_token_folder(tmp_path / "tokens", 3)
     command = [sys.executable, "-c", _WITHOUT_CODEC, str(model), str(clip), str(tmp_path / "tokens")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "4 clips answered for on stdout\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("4 clips labelled on stdout")
     assert len(done.stdout.splitlines()) == 4
