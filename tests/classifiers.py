@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ SHAPE = ModelConfig(layers=2, width=64, heads=2, mlp_width=96, local_layers=1, l
 
 
 def write_classifier(
-    folder: Path, num_codebooks: int = 2, fingerprint: str = FINGERPRINT, **more: object
+    folder: Path, num_codebooks: int = 2, fingerprint: str = FINGERPRINT, told: Mapping[str, object] = {}
 ) -> AudioClassifier:
-    """Write the `model/` of a classifier whose weights are ten times first ones, so that its answers differ; return it."""
+    """Write the `model/` of a classifier whose weights are ten times first ones, so that its answers differ; return it.
+
+    `told` stands in its config.json in place of what is true.
+    """
     model = AudioClassifier(SHAPE, num_codebooks, len(CLASSES), torch_generator(0, "test classifier"))
     for name, parameter in model.named_parameters():
         parameter.data.mul_(10 if parameter.dim() > 1 and "table" not in name else 1)
@@ -37,7 +41,7 @@ def write_classifier(
         "label": "class",
         "classes": CLASSES,
     }
-    write_model(folder, {k: v.detach().clone() for k, v in model.named_parameters()}, facts | more)
+    write_model(folder, {k: v.detach().clone() for k, v in model.named_parameters()}, facts | dict(told))
     return model.eval()
 
 

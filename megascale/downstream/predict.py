@@ -18,6 +18,9 @@ from megascale.model.mega_audioformer import GlobalEncoder
 from megascale.tokens import FRAMES_PER_SECOND
 from megascale.train.checkpoint import read_model
 
+# matrix products of few rows have kernels of their own, which round otherwise: on CPUs windows of 1 and 2 frames were seen to
+# depend on how many others went along, and those of 7 and more were not (AVX2)
+_ALONE_BELOW = 32  # frames
 PRETRAINING_SECONDS = 10.0  # the paper's clips; of a model whose config.json does not tell its own
 
 
@@ -98,8 +101,9 @@ class Predictor:
         probabilities: dict[int, np.ndarray] = {}
         for length in dict.fromkeys(lengths):
             same = [n for n, found in enumerate(lengths) if found == length]
-            for first in range(0, len(same), self.batch):
-                part = same[first : first + self.batch]
+            size = 1 if length < _ALONE_BELOW else self.batch
+            for first in range(0, len(same), size):
+                part = same[first : first + size]
                 codes = [clips[i][:, start : start + length] for i, start in (windows[n] for n in part)]
                 embedding_BD, probabilities_BC = self._forward(np.stack(codes))
                 embedding |= zip(part, embedding_BD, strict=True)
@@ -123,7 +127,8 @@ class Predictor:
             raise CheckpointError(f"{self._url}: puts out what is no finite number; did its training diverge?")
         if self._head is None:
             return mean_BD.cpu().numpy(), None
-        return mean_BD.cpu().numpy(), self._head(mean_BD).softmax(dim=-1).cpu().numpy()
+        logits_BC = torch.cat([self._head(mean_1D) for mean_1D in mean_BD.split(1)])  # see _ALONE_BELOW
+        return mean_BD.cpu().numpy(), logits_BC.softmax(dim=-1).cpu().numpy()
 
 
 def _of(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thre
     assert np.ptp(probabilities_C) > 0.05, "first weights would give a third to each"
 
 
-@pytest.mark.parametrize("frames", [1, 33, 75, 750])
+@pytest.mark.parametrize("frames", [1, 2, 31, 32, 75, 750])
 @pytest.mark.parametrize("num_codebooks", [2, 16])
 def test_an_answer_does_not_depend_on_a_clips_neighbours_bit_by_bit(tmp_path, one_thread, frames, num_codebooks):
     write_classifier(tmp_path / "model", num_codebooks)
@@ -113,7 +113,7 @@ def test_windows_are_the_fewest_that_cover_every_frame(frames, window):
 
 def test_the_window_is_the_models_own_clip_length_or_the_papers(tmp_path):
     write_classifier(tmp_path / "silent")
-    write_classifier(tmp_path / "told", clip_frames=300)
+    write_classifier(tmp_path / "told", told={"clip_frames": 300})
     assert Predictor(str(tmp_path / "silent")).facts.clip_frames == 750
     assert Predictor(str(tmp_path / "told")).facts.clip_frames == 300
 
@@ -167,7 +167,7 @@ def test_what_is_no_model_is_told_by_name(tmp_path):
         ("one", {"classes": ["a"]}, "config.json: classes: "),
         ("codec", {"codec": {"name": "x"}}, "config.json: codec.fingerprint: "),
     ]:
-        write_classifier(tmp_path / name, **more)
+        write_classifier(tmp_path / name, told=more)
         with pytest.raises(CheckpointError, match=f"^{re.escape(f'{tmp_path / name}: {message}')}") as raised:
             Predictor(str(tmp_path / name))
         assert "\n" not in str(raised.value)
