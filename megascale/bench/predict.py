@@ -28,7 +28,6 @@ from megascale.train.checkpoint import write_model
 
 _WINDOW = 1024
 _CLASSES = 10
-_CALIBRATION_SECONDS = 64
 OURS, SMALL, RIVAL, DECODE, CNN = "ours", "ours, small", "decode, log-mel, CNN", "decode alone", "log-mel and CNN alone"
 
 THINGS = {
@@ -51,6 +50,7 @@ class Sizes:
     """What is labelled; `batches`: how many clips one call gets."""
 
     seconds: float = 10.0
+    calibration_seconds: float = 60.0
     batches: tuple[int, ...] = (1, 8)
     codebooks: tuple[int, ...] = (2, 16)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -137,7 +137,7 @@ def _streams(sizes: Sizes) -> tuple[Codec, dict[int, list[bytes]]]:
     """Fit a codec to rendered sounds; return it, and `.ecdc` streams of some of them by their number of codebooks."""
     num_codebooks = max(sizes.codebooks)
     say(f"fitting a codec of {num_codebooks} codebooks, and encoding {max(sizes.batches)} clips")
-    count = max(*sizes.batches, round(_CALIBRATION_SECONDS / sizes.seconds))
+    count = max(*sizes.batches, round(sizes.calibration_seconds / sizes.seconds))
     clips = [
         synthesis.make_mixture(seeding.generator(0, "bench", i), i, sizes.seconds, SAMPLE_RATE_HZ).astype(np.float32)
         for i in range(count)

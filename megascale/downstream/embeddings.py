@@ -67,6 +67,7 @@ class EmbeddingFile:
 
     def _write_npz(self, path: Path, vectors_ND: np.ndarray) -> None:
         source, key, frames, seconds = zip(*self._rows, strict=True)
+        facts: dict[str, Any] = {name: np.array(text) for name, text in self._facts.items()}
         with path.open("wb") as file:  # of a path, numpy would make another name
             np.savez(
                 file,
@@ -75,7 +76,7 @@ class EmbeddingFile:
                 key=np.array([name or "" for name in key]),
                 frames=np.array(frames, dtype=np.int64),
                 seconds=np.array(seconds, dtype=np.float64),
-                **{name: np.array(text) for name, text in self._facts.items()},
+                **facts,
             )
 
     def _write_parquet(self, path: Path, vectors_ND: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -154,8 +155,8 @@ class Inputs:
             for n in range(len(items) + _AHEAD):
                 if n < len(items):
                     item = items[n]
-                    is_coded = isinstance(item, Source) and item.kind != "audio"
-                    ahead.append((item, pool.submit(self._read_streams, item) if is_coded else None))
+                    coded = item if isinstance(item, Source) and item.kind != "audio" else None
+                    ahead.append((item, pool.submit(self._read_streams, coded) if coded else None))
                 if n >= _AHEAD:
                     yield from self._clips(*ahead.popleft())
 
@@ -165,7 +166,7 @@ class Inputs:
         if isinstance(item, Failure):
             yield item
         elif read is None:
-            yield self._attempt(item.url, None, lambda: self._from_audio(item.url))
+            yield self._attempt(item.url, None, partial(self._from_audio, item.url))
         else:
             try:
                 streams = read.result()
@@ -177,7 +178,7 @@ class Inputs:
                 return
             self.num_clips += len(streams) - item.num_clips
             for key, data in streams:
-                yield self._attempt(item.url, key, lambda key=key, data=data: self._from_stream(item.url, key, data))
+                yield self._attempt(item.url, key, partial(self._from_stream, item.url, key, data))
 
     def _attempt(self, source: str, key: str | None, make: Callable[[], Clip]) -> Clip | Failure:
         try:

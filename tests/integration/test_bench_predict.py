@@ -14,7 +14,7 @@ TINY = ModelConfig(layers=1, width=32, heads=2, mlp_width=48, local_layers=1, lo
 def test_every_way_is_timed_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    path = predict.run(2, predict.Sizes(seconds=1.0, batches=(1, 2), model=TINY, small=TINY))
+    path = predict.run(2, predict.Sizes(seconds=1.0, calibration_seconds=8.0, batches=(1, 2), model=TINY, small=TINY))
     assert torch.get_num_threads() == threads
     assert path.resolve() == tmp_path / "runs" / "bench" / "predict.json"
     found = json.loads(path.read_text())

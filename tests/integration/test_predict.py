@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,8 @@ def test_stdin_is_answered_line_by_line_as_it_comes(tmp_path):
         command("predict.py", str(tmp_path / "model"), "-"), cwd=ROOT, env=ENVIRONMENT, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    watchdog = threading.Timer(60, process.kill)  # else a missing answer would be waited for
+    watchdog.start()
     try:
         for clip in [*clips, tmp_path / "gone.ecdc", clips[0]]:
             process.stdin.write(f"{clip}\n")
@@ -90,6 +93,7 @@ def test_stdin_is_answered_line_by_line_as_it_comes(tmp_path):
         assert process.wait(timeout=60) == 3
         assert process.stderr.read().startswith("4 clips labelled on stdout; 1 could not be read")
     finally:
+        watchdog.cancel()
         process.kill()
         for stream in (process.stdout, process.stderr):
             stream.close()
