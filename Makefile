@@ -48,7 +48,7 @@ bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec packag
 bench-load: $(INSTALLED) ## clips loaded per core-second beside plain webdataset, streaming and from memory (5 minutes)
 	$(PY) launch/bench.py load $(ARGS)
 
-bench-predict: $(INSTALLED) ## labels a second from .ecdc bytes beside decoding them, log-mel and a CNN (10 minutes)
+bench-predict: $(INSTALLED) ## labels a second from .ecdc bytes beside decoding them, log-mel and a CNN (15 minutes)
 	$(PY) launch/bench.py predict $(ARGS)
 
 bench-scale: $(INSTALLED) ## pretraining on one rank and on two, and on 1 to 1,024 GPUs on paper (8 minutes)
