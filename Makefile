@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 # The extra `bench`, without what the peers ask for besides: it is here already, or not needed.
 PEERS := transformers tokenizers megabyte-pytorch beartype
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train bench-load bench-scale bench-gpu lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train bench-load bench-predict bench-scale bench-gpu lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ bench-tokenize: $(INSTALLED) ## hours of audio an hour beside the encodec packag
 
 bench-load: $(INSTALLED) ## clips loaded per core-second beside plain webdataset, streaming and from memory (5 minutes)
 	$(PY) launch/bench.py load $(ARGS)
+
+bench-predict: $(INSTALLED) ## labels a second from .ecdc bytes beside decoding them, log-mel and a CNN (15 minutes)
+	$(PY) launch/bench.py predict $(ARGS)
 
 bench-scale: $(INSTALLED) ## pretraining on one rank and on two, and on 1 to 1,024 GPUs on paper (8 minutes)
 	$(PY) launch/bench.py scale $(ARGS)

@@ -1,6 +1,6 @@
 """Benchmarks.
 
-python launch/bench.py NAME [--rounds N]; NAME is one of: tokenize, train, load, scale, gpu.
+python launch/bench.py NAME [--rounds N]; NAME is one of: tokenize, train, load, predict, scale, gpu.
 """
 
 import argparse
@@ -9,9 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megascale.bench import gpu, load, scale, tokenize, train
+from megascale.bench import gpu, load, predict, scale, tokenize, train
 
-BENCHMARKS = {"tokenize": tokenize.run, "train": train.run, "load": load.run, "scale": scale.run, "gpu": gpu.run}
+BENCHMARKS = {
+    "tokenize": tokenize.run,
+    "train": train.run,
+    "load": load.run,
+    "predict": predict.run,
+    "scale": scale.run,
+    "gpu": gpu.run,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ratios measured side by side in one run; writes runs/bench/NAME.json")

@@ -90,6 +90,19 @@ def watch(argv: Sequence[str] | None = None) -> int:
     return _main("watch", job.WatchConfig, run, lambda config: job.describe_plan(config, cell), argv)
 
 
+def predict(argv: Sequence[str] | None = None) -> int:
+    """A model and compressed audio to labels and embeddings; its arguments are no config's."""
+    from megascale import predict_command
+
+    _quiet_libraries()
+    try:
+        stop_on_signal()
+        return predict_command.run(argv)
+    except MegascaleError as failure:
+        _tell(failure)
+        return failure.exit_code
+
+
 def quickstart(argv: Sequence[str] | None = None) -> int:
     """The whole way on a small corpus, made here or your own."""
     from megascale import quickstart as job

@@ -171,15 +171,23 @@ def read_clips(url: str, manifest: Manifest, num_codebooks: int) -> Iterator[Sto
         data = storage.read_bytes(where)
         if hashlib.sha256(data).hexdigest() != facts.sha256:
             raise DataError(f"{where}: its sha256 is not the one in {MANIFEST}")
+        content = shard_members(data, where)
+        for name in [n for n in content if n.endswith(".ecdc")]:
+            key = name.removesuffix(".ecdc")
+            codes_QT = read_codes(content[name], f"{where}:{name}", manifest.codec, num_codebooks)
+            meta = json.loads(content[f"{key}.json"])
+            stretch = meta["start_seconds"], meta["duration_seconds"]
+            facts_of_clip = meta["recording"], meta["source"], meta["labels"], meta["split"]
+            yield StoredClip(key, codes_QT, *facts_of_clip, *stretch)
+
+
+def shard_members(data: bytes, where: str) -> dict[str, bytes]:
+    """Return what the members of a tar hold, by name, in their order. Raises DataError: not a tar, or a cut one."""
+    try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            content = {m.name: data[m.offset_data : m.offset_data + m.size] for m in tar}
-            for name in [n for n in content if n.endswith(".ecdc")]:
-                key = name.removesuffix(".ecdc")
-                codes_QT = read_codes(content[name], f"{where}:{name}", manifest.codec, num_codebooks)
-                meta = json.loads(content[f"{key}.json"])
-                stretch = meta["start_seconds"], meta["duration_seconds"]
-                facts_of_clip = meta["recording"], meta["source"], meta["labels"], meta["split"]
-                yield StoredClip(key, codes_QT, *facts_of_clip, *stretch)
+            return {m.name: data[m.offset_data : m.offset_data + m.size] for m in tar if m.isfile()}
+    except (tarfile.TarError, ValueError, EOFError) as failure:  # a hostile header's numbers may be none
+        raise DataError(f"{where}: not a tar, or a cut one: {failure}") from None
 
 
 def read_codes(stream: bytes, where: str, codec: CodecFacts, num_codebooks: int) -> np.ndarray:

@@ -67,7 +67,7 @@ def _log_mel_blocks(audio_S: np.ndarray) -> Iterator[np.ndarray]:
     before = (_WINDOW - SAMPLES_PER_FRAME) // 2
     after = (count - 1) * SAMPLES_PER_FRAME + _WINDOW - before - len(audio_S)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(audio_S, (before, after)), _WINDOW)[::SAMPLES_PER_FRAME]
-    filters, taper = _mel_filters(), np.hanning(_WINDOW)
+    filters, taper = mel_filters(), np.hanning(_WINDOW)
     for first in range(0, count, _BLOCK_FRAMES):
         power = np.abs(np.fft.rfft(windows[first : first + _BLOCK_FRAMES] * taper, axis=1)) ** 2
         yield np.log(filters @ power.T + 1e-6).astype(np.float32)
@@ -95,7 +95,7 @@ def logistic_regression(
     return score(targets["test"], model.predict(features["test"]), classes) | {"C": strength}
 
 
-def _mel_filters() -> np.ndarray:
+def mel_filters() -> np.ndarray:
     """Triangular filters, (M, bins), even in mel = 2595 log10(1 + f/700)."""
     top = 2595 * np.log10(1 + SAMPLE_RATE_HZ / 2 / 700)
     edges_hz = 700 * (10 ** (np.linspace(0, top, _MELS + 2) / 2595) - 1)

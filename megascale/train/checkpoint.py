@@ -194,7 +194,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint (`step-…`), a run (its best one), or a bare `model/` or `model_ema/` folder, at any URL.
+    """Read a checkpoint (`step-…`), a run (its best one; a fine-tuned one has a `model/` alone), or a bare `model/` or
+    `model_ema/` folder, at any URL.
 
     What a manifest names is verified first: all of a local checkpoint; of one elsewhere its `model/` files, which alone
     are fetched.
@@ -220,7 +221,8 @@ def _verified_model(folder: Path) -> Path:
         return folder / "model"
     if folder.name in ("model", EMA) and (folder.parent / MANIFEST).exists():
         verify(folder.parent)
-    return folder
+    finetuned = folder / "model"
+    return finetuned if (finetuned / _MODEL_FILES[0]).is_file() else folder
 
 
 def _fetched_model(url: str, folder: Path) -> Path:
@@ -238,6 +240,8 @@ def _fetched_model(url: str, folder: Path) -> Path:
         files |= {name: digest for name, digest in named.items() if name.startswith(f"{part}/")}
         _fetch_files(url, files, folder)
         return folder / part
+    if storage.exists(storage.join(url, "model", _MODEL_FILES[0])):  # a fine-tuned run's
+        url = storage.join(url, "model")
     files = {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
     _fetch_files(url, files, folder)
     return folder

@@ -19,6 +19,7 @@ LEVELS = (
         "__main__",
         "checkpoint_commands",
         "cli",
+        "predict_command",
         "quickstart",
         "quickstart_report",
         "table_baselines",
