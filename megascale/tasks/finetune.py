@@ -34,6 +34,7 @@ from megascale.downstream.protocols import (
 from megascale.errors import CheckpointError, ConfigError, DataError
 from megascale.log import MetricLog, say, world_size
 from megascale.model.config import ModelConfig
+from megascale.model.language_model import load_language_model
 from megascale.model.mega_audioformer import AudioClassifier, count_parameters
 from megascale.storage import StorageConfig
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
@@ -78,7 +79,9 @@ class FinetuneConfig(Section):
     checkpoint: str | None = Field(
         None, description="pretraining run or checkpoint; for scratch it only gives the shape"
     )
-    model: ModelConfig = Field(ModelConfig(), description="the model's shape, for scratch without a checkpoint")
+    model: ModelConfig = Field(
+        ModelConfig(), description="the model's shape and first weights, for scratch without a checkpoint"
+    )
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
     optim: OptimConfig = Field(OptimConfig(lr=1e-4), description="optimizer and schedule")
     train: FinetuneTrainConfig = Field(FinetuneTrainConfig(), description="length and batches")
@@ -88,9 +91,11 @@ class FinetuneConfig(Section):
     seed: int = Field(0, description="fixes split, new weights, order, crops and drops")
 
     @model_validator(mode="after")
-    def _ft_needs_a_checkpoint(self) -> "FinetuneConfig":
+    def _first_weights_agree(self) -> "FinetuneConfig":
         if self.arm != "scratch" and self.checkpoint is None:
             raise ValueError(f"checkpoint is required for arm={self.arm}")
+        if self.checkpoint is not None and self.model.init_from is not None:
+            raise ValueError("checkpoint and model.init_from are two first weights; set one")
         return self
 
 
@@ -214,6 +219,8 @@ def _build_model(
         model = AudioClassifier(shape, num_codebooks, len(classes), generator)
     except ValueError as failure:
         raise ConfigError(f"finetune.{failure}") from None
+    if config.model.init_from is not None:
+        load_language_model(model.global_encoder, config.model.init_from)
     if config.arm != "scratch":
         prefix = "global_encoder."
         encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -223,7 +230,7 @@ def _build_model(
             raise CheckpointError(f"{config.checkpoint}: {str(failure).splitlines()[-1].strip()}") from None
     described = {
         "kind": "classifier",
-        "model": shape.model_dump(mode="json"),
+        "model": shape.shape(),
         "num_codebooks": num_codebooks,
         "codec": manifest.codec.model_dump(mode="json"),
         "label": config.task.label,

@@ -14,12 +14,25 @@ ROOT = Path(__file__).parents[2]
 # Upper levels may import lower ones. Units of one level are strangers to each other, but for the two levels that are a
 # row: there a unit may import those to its right.
 LEVELS = (
-    ("launch", "__main__", "checkpoint_commands", "cli", "quickstart", "quickstart_report", "tokenize_report", "bench"),
-    ("tasks", "tokenize", "downstream", "report", "export", "hear"),
+    (
+        "launch",
+        "__main__",
+        "checkpoint_commands",
+        "export_commands",
+        "cli",
+        "quickstart",
+        "quickstart_report",
+        "tokenize_report",
+        "hear",
+        "bench",
+    ),
+    ("tasks", "tokenize", "downstream", "report", "export"),
     ("train", "data", "model", "protocols"),
     (
         "cluster",
         "run_folder",
+        "model_card",
+        "hub",
         "storage",
         "local_disk",
         "retry",
