@@ -51,7 +51,7 @@ def facts_of(codec: CodecFacts = CODEC, num_codebooks: int = 2) -> dict[str, Any
 
 
 def write_run(folder: Path, codec: CodecFacts = CODEC, tokens: Path | str = "/nowhere/tokens") -> Path:
-    """A pretraining run with checkpoints of steps 10, the best, and 20; the seed of the weights is the step, of averages one more."""
+    """A run with checkpoints of steps 10, the best, and 20; weights are seeded by the step, averages by one more."""
     for step, loss in ((10, 2.5), (20, 2.75)):
         kept = checkpoint.step_folder(folder / "checkpoints", step)
         checkpoint.begin(kept)
