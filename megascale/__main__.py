@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megascale import checkpoint_commands
+from megascale import checkpoint_commands, export_commands
 from megascale.errors import ConfigError, MegascaleError
 from megascale.stopping import stop_on_signal
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoint_commands.add_to(commands)
+    export_commands.add_to(commands)
     try:
         arguments = parser.parse_args(argv)
         stop_on_signal()

@@ -35,7 +35,7 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
 
 def check_config_at(url: str, config: Section, job: str, may_change: tuple[str, ...], key_of_url: str) -> None:
     """`check_config` for a run at any URL; `key_of_url` is the config's key that chose it."""
-    stored = _read_config(url)
+    stored = read_config_at(url)
     if stored is None:
         return
     before = _flatten(stored)
@@ -51,10 +51,11 @@ def check_config_at(url: str, config: Section, job: str, may_change: tuple[str, 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the config that a run was started with, or None. Raises DataError if the file is broken."""
-    return _read_config(str(folder))
+    return read_config_at(str(folder))
 
 
-def _read_config(url: str) -> dict[str, Any] | None:
+def read_config_at(url: str) -> dict[str, Any] | None:
+    """`read_config` for a run at any URL."""
     place = storage.join(url, CONFIG)
     if not storage.exists(place):
         return None

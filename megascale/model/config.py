@@ -1,6 +1,8 @@
 """Sizes of the multi-scale Transformer: the paper's (section 3) and, where it is silent, EuroBERT-210m's."""
 
-from pydantic import Field, model_validator
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
 
 from megascale.config import Section
 
@@ -17,6 +19,18 @@ class ModelConfig(Section):
     local_heads: int = Field(4, ge=1, description="local encoder: attention heads")
     local_mlp_width: int = Field(1024, ge=8, description="local encoder: inner width of the SwiGLU")
     rope_theta: float = Field(250_000.0, gt=1, description="base of the rotary frequencies, both encoders")
+    init_from: str | None = Field(
+        None,
+        description="hf:FOLDER_OR_ID: the global encoder's blocks and last norm begin as those of this EuroBERT-shaped "
+        "language model (safetensors); null: drawn anew",
+    )
+
+    @field_validator("init_from")
+    @classmethod
+    def _is_a_language_model(cls, init_from: str | None) -> str | None:
+        if init_from is not None and (not init_from.startswith("hf:") or init_from == "hf:"):
+            raise ValueError("reads hf:FOLDER_OR_ID")
+        return init_from
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
@@ -25,3 +39,7 @@ class ModelConfig(Section):
             if width % heads or (width // heads) % 2:
                 raise ValueError(f"{name}={width} must split into {heads} heads of an even width")
         return self
+
+    def shape(self) -> dict[str, Any]:
+        """Return what a checkpoint tells to rebuild the model: all but where its first weights came from."""
+        return self.model_dump(mode="json", exclude={"init_from"})

@@ -179,10 +179,15 @@ class AudioClassifier(nn.Module):
     def forward(self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
         """Return logits_BC."""
         x_BTD = self.global_encoder(codes_BTQ, None, positions_BT, valid_BT)
-        if valid_BT is None:
-            return self.head(x_BTD.mean(dim=1))
-        weight_BT = valid_BT / valid_BT.sum(dim=1, keepdim=True)
-        return self.head(torch.einsum("btd,bt->bd", x_BTD, weight_BT.to(x_BTD.dtype)))
+        return self.head(mean_over_frames(x_BTD, valid_BT))
+
+
+def mean_over_frames(x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
+    """Return the mean over a clip's real frames, x_BD: what a classifier sees of it, and what it is embedded as."""
+    if valid_BT is None:
+        return x_BTD.mean(dim=1)
+    weight_BT = valid_BT / valid_BT.sum(dim=1, keepdim=True)
+    return torch.einsum("btd,bt->bd", x_BTD, weight_BT.to(x_BTD.dtype))
 
 
 def prepare_training(module: nn.Module, recompute: bool, compile: bool) -> None:

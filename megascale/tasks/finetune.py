@@ -16,6 +16,7 @@ from megascale.downstream.split_lists import match_lists
 from megascale.errors import CheckpointError, ConfigError
 from megascale.log import say, world_size
 from megascale.model.config import ModelConfig
+from megascale.model.language_model import load_language_model
 from megascale.model.mega_audioformer import AudioClassifier, count_parameters
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import LabelledClips, open_clips, open_manifest
@@ -137,6 +138,8 @@ def _build_model(
         model = AudioClassifier(shape, num_codebooks, len(classes), generator)
     except ValueError as failure:
         raise ConfigError(f"finetune.{failure}") from None
+    if config.model.init_from is not None:
+        load_language_model(model.global_encoder, config.model.init_from)
     if config.arm != "scratch":
         prefix = "global_encoder."
         encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -146,7 +149,7 @@ def _build_model(
             raise CheckpointError(f"{config.checkpoint}: {str(failure).splitlines()[-1].strip()}") from None
     described = {
         "kind": "classifier",
-        "model": shape.model_dump(mode="json"),
+        "model": shape.shape(),
         "num_codebooks": num_codebooks,
         "codec": manifest.codec.model_dump(mode="json"),
         "label": config.task.label,

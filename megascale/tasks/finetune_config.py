@@ -75,7 +75,9 @@ class FinetuneConfig(Section):
     checkpoint: str | None = Field(
         None, description="pretraining run or checkpoint; for scratch it only gives the shape"
     )
-    model: ModelConfig = Field(ModelConfig(), description="the model's shape, for scratch without a checkpoint")
+    model: ModelConfig = Field(
+        ModelConfig(), description="the model's shape and first weights, for scratch without a checkpoint"
+    )
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
     optim: FinetuneOptimConfig = Field(FinetuneOptimConfig(lr=1e-4), description="optimizer and schedule")
     train: FinetuneTrainConfig = Field(FinetuneTrainConfig(), description="length and batches")
@@ -85,7 +87,9 @@ class FinetuneConfig(Section):
     seed: int = Field(0, description="fixes split, new weights, order, crops and drops")
 
     @model_validator(mode="after")
-    def _pretrained_arms_need_a_checkpoint(self) -> "FinetuneConfig":
+    def _first_weights_agree(self) -> "FinetuneConfig":
         if self.arm != "scratch" and self.checkpoint is None:
             raise ValueError(f"checkpoint is required for arm={self.arm}")
+        if self.checkpoint is not None and self.model.init_from is not None:
+            raise ValueError("checkpoint and model.init_from are two first weights; set one")
         return self

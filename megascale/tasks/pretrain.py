@@ -19,6 +19,7 @@ from megascale.data.order import Order, default_streams
 from megascale.data.resident import ResidentTokens, check_room, resident_bytes
 from megascale.errors import ConfigError, DataError
 from megascale.log import MetricLog, duration, rank, read_metrics, say, world_size
+from megascale.model.language_model import load_language_model
 from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters, prepare_training
 from megascale.tasks.masked import DivergenceReport, Validator, masked_loss
 from megascale.tasks.plan import Plan, activation_gib, cost_lines, largest_micro_batch, make_plan
@@ -45,8 +46,10 @@ _MAY_CHANGE = (
 def describe_plan(config: PretrainConfig) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    _check_folders(config)
+    path = _check_folders(config)
     data, model = _open_data(config), _build_model(config)
+    if not checkpoint.committed(path / CHECKPOINTS):
+        _load_first_weights(config, model)
     manifest = data.folder.manifest
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
     return "\n".join(
@@ -121,6 +124,8 @@ def _train(
     found = find_start(checkpoints)
     if found is not None:
         _check_corpus(found, data.folder)
+    else:
+        _load_first_weights(config, model)
     on_first_rank(lambda: _write_config(config, path))
     plan = make_plan(config, model, ranks)  # before ZeRO-3 takes the weights apart
     prepare_training(model, config.train.activation_checkpointing, config.train.compile)
@@ -177,6 +182,12 @@ def _train(
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
     return result
+
+
+def _load_first_weights(config: PretrainConfig, model: MegaAudioFormer) -> None:
+    """Overwrite drawn weights with a language model's, if one is named; a run that goes on has its own."""
+    if config.model.init_from is not None:
+        load_language_model(model.global_encoder, config.model.init_from)
 
 
 def _announce(config: PretrainConfig, plan: Plan, num_clips: int, ranks: int) -> None:
@@ -271,7 +282,8 @@ def model_facts(config: PretrainConfig, folder: TokenFolder) -> dict[str, Any]:
     """Return what `model/config.json` says: enough to rebuild the model and to refuse tokens it was not made for."""
     return {
         "kind": "pretrained",
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.shape(),
+        "init_from": config.model.init_from,
         "num_codebooks": folder.num_codebooks,
         "codec": folder.manifest.codec.model_dump(mode="json"),
         "corpus": folder.manifest.fingerprint,

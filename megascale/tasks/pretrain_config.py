@@ -71,7 +71,7 @@ class PretrainConfig(Section):
 
     data: DataConfig = Field(description="which tokens")
     output: RunOutputConfig = Field(description="where the run lies")
-    model: ModelConfig = Field(ModelConfig(), description="the model's shape")
+    model: ModelConfig = Field(ModelConfig(), description="the model's shape and first weights")
     mask: MaskConfig = Field(MaskConfig(), description="which tokens are hidden")
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop")
     optim: OptimConfig = Field(OptimConfig(), description="optimizer and schedule")

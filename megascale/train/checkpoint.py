@@ -8,6 +8,7 @@ Training works in local folders; what is only read (`read_model`, `fetch`) may l
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -225,24 +226,34 @@ def _verified_model(folder: Path) -> Path:
     return finetuned if (finetuned / _MODEL_FILES[0]).is_file() else folder
 
 
+def checkpoint_of(url: str) -> str | None:
+    """Return the checkpoint that a run (its best one), a `step-…` folder, or a `model/` in one stands for, at any URL;
+    None for a bare folder. Raises CheckpointError: a run that has none, or a manifest in it is broken.
+    """
+    url = os.path.abspath(storage.local_path(url)) if storage.is_local(url) else url.rstrip("/")
+    listed = manifests.list_checkpoints(storage.join(url, CHECKPOINTS))
+    if listed:
+        return _best_of(url, listed)
+    parent, _, last = url.rpartition("/")
+    if last in ("model", EMA) and storage.exists(storage.join(parent, MANIFEST)):
+        return parent
+    return url if last.startswith("step-") or storage.exists(storage.join(url, MANIFEST)) else None
+
+
 def _fetched_model(url: str, folder: Path) -> Path:
     """Copy the model that a store's URL stands for into `folder`; return where it is there."""
     url = url.rstrip("/")
-    part, listed = "model", manifests.list_checkpoints(storage.join(url, CHECKPOINTS))
     parent, _, last = url.rpartition("/")
-    if listed:
-        url = _best_of(url, listed)
-    elif last in ("model", EMA) and storage.exists(storage.join(parent, MANIFEST)):
-        url, part = parent, last
-    files: dict[str, str | None] = {}
-    if url.rpartition("/")[2].startswith("step-") or storage.exists(storage.join(url, MANIFEST)):
-        named = manifests.read_manifest(url).files
+    found, files = checkpoint_of(url), dict[str, str | None]()
+    if found is not None:
+        part = last if found == parent else "model"
+        named = manifests.read_manifest(found).files
         files |= {name: digest for name, digest in named.items() if name.startswith(f"{part}/")}
-        _fetch_files(url, files, folder)
+        _fetch_files(found, files, folder)
         return folder / part
     if storage.exists(storage.join(url, "model", _MODEL_FILES[0])):  # a fine-tuned run's
         url = storage.join(url, "model")
-    files = {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
+    files |= {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
     _fetch_files(url, files, folder)
     return folder
 
