@@ -26,7 +26,8 @@ _LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 _UNTIMED = 2  # updates that also start threads and buffers
 
 # what the table on paper is for: configs/pretrain/paper_*.yaml
-_SECONDS, _GLOBAL_BATCH, _MICRO_BATCH = 10, 1024, 32
+_SECONDS, _GLOBAL_BATCH = 10, 1024
+_MICRO_BATCH = {2: 64, 16: 32}
 _GPUS = tuple(2**power for power in range(11))
 # H100 SXM by NVIDIA's data sheet: 989.4 TFLOP/s of dense bf16, 3.35 TB/s, 900 GB/s of NVLink both ways; a 400 Gbit/s card
 # for each GPU, as in its DGX. Latency is a guess; MFU is assumed, as `--dry-run` assumes it.
@@ -117,13 +118,13 @@ def on_paper(num_codebooks: int, cluster: Cluster) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     for ranks in _GPUS:
         share = _GLOBAL_BATCH // ranks
-        accumulation = -(-share // _MICRO_BATCH)
+        accumulation = -(-share // _MICRO_BATCH[num_codebooks])
         took = step_time(flops * share, num_weights, 1, "bf16", ranks, accumulation, cluster)
         rate = _GLOBAL_BATCH / sum(took)
         row = {"gpus": ranks, "clips": share, **took._asdict(), "mfu": cluster.mfu * took.compute / sum(took)}
         first = rows[0]["clips_per_second"] if rows else rate
         rows.append({**row, "clips_per_second": rate, "efficiency": rate / (ranks * first)})
-    accumulation = _GLOBAL_BATCH // 8 // _MICRO_BATCH
+    accumulation = _GLOBAL_BATCH // 8 // _MICRO_BATCH[num_codebooks]
     sent = {str(stage): sent_bytes(num_weights, stage, "bf16", 8, accumulation) for stage in (1, 2, 3)}
     return {"weights": num_weights, "flops": flops, "accumulation_on_8": accumulation, "sent_bytes": sent, "rows": rows}
 
@@ -138,7 +139,7 @@ def _plan(model: ModelConfig, num_codebooks: int, num_weights: int, cluster: Clu
         num_weights=num_weights,
         num_global_weights=num_weights,
         precision="bf16",
-        micro_batch=_MICRO_BATCH,
+        micro_batch=_MICRO_BATCH[num_codebooks],
         num_clips=_GLOBAL_BATCH,
         mfu=cluster.mfu,
         peak_tflops=cluster.peak_tflops,

@@ -75,8 +75,11 @@ def resident_bytes(folder: TokenFolder, clips: np.ndarray, where: Where) -> int:
     return int(_clip_bytes(folder, clips, where).sum())
 
 
-def check_room(num_bytes: int, where: Where) -> None:
-    """Raise ConfigError unless every rank of this machine has room for so many bytes, as things are now."""
+def check_room(num_bytes: int, where: Where, training_bytes: int) -> None:
+    """Raise ConfigError unless every rank of this machine has room for so many bytes, as things are now.
+
+    `training_bytes`: what a rank's training takes besides, on its device.
+    """
     key = f"data.resident={where}"
     if where == "gpu":
         if not torch.cuda.is_available():
@@ -84,10 +87,10 @@ def check_room(num_bytes: int, where: Where) -> None:
         free, each = torch.cuda.mem_get_info(local_rank())[0], "on each GPU"
     else:
         free, each = psutil.virtual_memory().available // local_world_size(), f"for each of {local_world_size()} ranks"
-    if num_bytes > free:
+    if num_bytes + training_bytes > free:
         raise ConfigError(
-            f"{key}: the training clips take {num_bytes / 1e9:.2f} GB {each}, and {free / 1e9:.2f} GB are free; leave it "
-            "out, or read a lower data.bitrate_kbps"
+            f"{key}: the training clips take {num_bytes / 1e9:.2f} GB {each}, training about {training_bytes / 1e9:.2f} GB, "
+            f"and {free / 1e9:.2f} GB are free; leave it out, or read a lower data.bitrate_kbps"
         )
 
 

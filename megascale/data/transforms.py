@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megascale import seeding
 from megascale.config import Section
+from megascale.errors import ConfigError
 
 _FRAME_BITS = 20  # of the keys that frames are ordered by: clips have up to a million frames, nearly four hours
 _NEVER = (1 << 63) - 1
@@ -89,20 +90,33 @@ def draw_masks(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, confi
     Each codebook of a clip of T frames hides max(1, round(ratio x T)) frames. `token` draws them for each codebook
     apart, `frame` the same for all, `span` the same for all in runs. (paper, section 3: 25% of the input tokens)
     """
-    longest, device = int(lengths_B.max()), seeds_B.device
-    assert longest < 1 << _FRAME_BITS, "longer clips have no room in the keys"
-    drawn = num_codebooks if config.kind == "token" else 1
-    counts_B = np.maximum(1, np.rint(config.ratio * lengths_B).astype(np.int64))
-    if device.type != "cpu":
-        keys_BQT = _keys(seeds_B, lengths_B, drawn, config)
-        smallest_BQT = choose_smallest(keys_BQT, counts_B, valid_frames(lengths_B, device))
-        return smallest_BQT.transpose(1, 2).expand(-1, -1, num_codebooks).contiguous()
-    masked_BTQ = torch.zeros(len(lengths_B), longest, num_codebooks, dtype=torch.bool)
+    if seeds_B.device.type != "cpu":
+        return draw_masks_by_sorting(seeds_B, lengths_B, num_codebooks, config)
+    drawn, counts_B = _drawn(lengths_B, num_codebooks, config)
+    masked_BTQ = torch.zeros(len(lengths_B), int(lengths_B.max()), num_codebooks, dtype=torch.bool)
     for rows_R, length in _equal_rows(lengths_B, drawn):
         keys_RQT = _keys(seeds_B[rows_R], lengths_B[rows_R], drawn, config)
         smallest_RQT = choose_smallest_on_cpu(keys_RQT.numpy(), int(counts_B[rows_R][0]))
         masked_BTQ[rows_R, :length] = torch.from_numpy(smallest_RQT).transpose(1, 2)
     return masked_BTQ
+
+
+def draw_masks_by_sorting(seeds_B: Tensor, lengths_B: np.ndarray, num_codebooks: int, config: MaskConfig) -> Tensor:
+    """Return what `draw_masks` returns, all clips at once, whatever their lengths: right for a GPU."""
+    drawn, counts_B = _drawn(lengths_B, num_codebooks, config)
+    keys_BQT = _keys(seeds_B, lengths_B, drawn, config)
+    smallest_BQT = choose_smallest(keys_BQT, counts_B, valid_frames(lengths_B, seeds_B.device))
+    return smallest_BQT.transpose(1, 2).expand(-1, -1, num_codebooks).contiguous()
+
+
+def _drawn(lengths_B: np.ndarray, num_codebooks: int, config: MaskConfig) -> tuple[int, np.ndarray]:
+    """Return how many codebooks are drawn apart, and how many frames of each are hidden."""
+    if int(lengths_B.max()) >= 1 << _FRAME_BITS:
+        raise ConfigError(
+            f"data.clip_seconds: a clip of {lengths_B.max()} frames; at most {(1 << _FRAME_BITS) - 1} can be masked"
+        )
+    counts_B = np.maximum(1, np.rint(config.ratio * lengths_B).astype(np.int64))
+    return num_codebooks if config.kind == "token" else 1, counts_B
 
 
 def _equal_rows(lengths_B: np.ndarray, num_codebooks: int) -> Iterator[tuple[np.ndarray | slice, int]]:

@@ -123,6 +123,12 @@ def activation_gib(plan: Plan, recompute: bool | None = None) -> float:
     return activation_bytes(plan.model, plan.num_codebooks, work, size, recompute) / 2**30
 
 
+def training_bytes(plan: Plan, stage: int, ranks: int) -> int:
+    """Return about what training takes on each device, resident tokens not included."""
+    state = state_bytes(plan.num_weights, stage, plan.precision, ranks, plan.offload and stage > 0, plan.ema)
+    return round(state.total + activation_gib(plan) * 2**30)
+
+
 def _memory_lines(plan: Plan, stage: int, ranks: int) -> list[str]:
     activations, otherwise = activation_gib(plan), activation_gib(plan, not plan.recompute)
     header = ("GPUs", "ZeRO", "weights", "gradients", "optimizer", "buffers", "activations", "sum")

@@ -22,7 +22,7 @@ from megascale.log import MetricLog, duration, rank, read_metrics, say, world_si
 from megascale.model.language_model import load_language_model
 from megascale.model.mega_audioformer import MegaAudioFormer, count_parameters, prepare_training
 from megascale.tasks.masked import DivergenceReport, Validator, masked_loss
-from megascale.tasks.plan import Plan, activation_gib, cost_lines, largest_micro_batch, make_plan
+from megascale.tasks.plan import Plan, activation_gib, cost_lines, largest_micro_batch, make_plan, training_bytes
 from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tasks.signals import Signals, note
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
@@ -89,9 +89,10 @@ def run(config: PretrainConfig) -> dict[str, Any]:
                 upload_missing(path / CHECKPOINTS, config.checkpoint)
         return finished
     data, model = _open_data(config), _build_model(config)
-    largest_micro_batch(config, world_size())
+    plan = make_plan(config, model, world_size())
     if config.data.resident is not None:
-        check_room(resident_bytes(data.folder, data.train, config.data.resident), config.data.resident)
+        besides = training_bytes(plan, config.zero.stage, world_size())
+        check_room(resident_bytes(data.folder, data.train, config.data.resident), config.data.resident, besides)
     locked = run_folder.lock(path) if rank() == 0 else nullcontext()
     with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
         return _train(config, path, data, model, uploads)

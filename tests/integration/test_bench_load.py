@@ -7,7 +7,9 @@ from megascale.bench import load
 
 def test_every_way_is_timed_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = load.Sizes(clips=32, clips_per_shard=8, batch=16, frames=30, stored_frames=35, repeats=2)
+    sizes = load.Sizes(
+        clips=(64, 32), rival_clips=32, clips_per_shard=8, batch=16, frames=30, stored_frames=35, repeats=2
+    )
     path = load.run(2, sizes)
     assert path.resolve() == tmp_path / "runs" / "bench" / "load.json"
     found = json.loads(path.read_text())

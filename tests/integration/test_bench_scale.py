@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import yaml
+from conftest import ROOT
 
 from megascale.bench import measure, scale
 
@@ -14,6 +16,13 @@ def test_benchmark_of_scaling_runs(tmp_path, monkeypatch, capsys):
     assert all(len(rates) == 1 and rates[0] > 0 for rates in found["clips_per_second"].values())
     printed = capsys.readouterr().out
     assert "2 ranks / 1 rank: " in printed and "  1024          1 " in printed
+
+
+def test_on_paper_are_the_recipes_of_the_paper():
+    for num_codebooks, recipe in ((2, "paper_1k5"), (16, "paper_12k")):
+        train = yaml.safe_load((ROOT / "configs" / "pretrain" / f"{recipe}.yaml").read_text())["train"]
+        assert train["micro_batch"] == scale._MICRO_BATCH[num_codebooks]
+        assert train["global_batch"] == scale._GLOBAL_BATCH
 
 
 def test_on_paper_one_gpu_computes_alone_and_many_wait_for_each_other():

@@ -74,15 +74,17 @@ def test_reading_shows_how_far_it_is(stored, capsys):
 
 
 def test_too_little_memory_is_told_in_numbers(monkeypatch):
-    check_room(1000, "cpu")
+    check_room(1000, "cpu", 1000)
     with pytest.raises(ConfigError, match=r"^data\.resident=cpu: the training clips take 1000000.00 GB for each of 1 "):
-        check_room(10**15, "cpu")
+        check_room(10**15, "cpu", 0)
+    with pytest.raises(ConfigError, match=r"training about 1000000\.00 GB, and "):
+        check_room(1000, "cpu", 10**15)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))  # each of so many ranks would take it
-    with pytest.raises(ConfigError, match=r"take 0\.00 GB for each of 1000000000 ranks, and 0\.00 GB are free"):
-        check_room(1000, "cpu")
+    with pytest.raises(ConfigError, match=r"take 0\.00 GB for each of 1000000000 ranks, .* and 0\.00 GB are free"):
+        check_room(1000, "cpu", 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_gpu_that_is_not_there_is_told():
     with pytest.raises(ConfigError, match=r"^data\.resident=gpu: there is no CUDA GPU here$"):
-        check_room(1, "gpu")
+        check_room(1, "gpu", 0)

@@ -17,10 +17,12 @@ from megascale.data.transforms import (
     draw_drop_share,
     draw_kept_frames,
     draw_masks,
+    draw_masks_by_sorting,
     draw_starts,
     removed_frames,
     valid_frames,
 )
+from megascale.errors import ConfigError
 
 KINDS = ("token", "frame", "span")
 
@@ -125,6 +127,26 @@ def test_of_equal_keys_the_first_are_hidden_wherever_the_masks_are_drawn(largest
     found = choose_smallest(torch.from_numpy(longer_BQT), np.full(20, count), torch.arange(35).expand(20, -1) < 30)
     assert np.array_equal(found[..., :30], expected)
     assert not found[..., 30:].any(), "padding is never hidden"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_drawn_by_sorting_as_on_a_gpu_are_the_same_bits(kind):
+    """It asks nothing of its device, so it is tried on a CPU: clips of one length and of several, few and many."""
+    for number in range(100):
+        draw = rng(number)
+        lengths_B = (
+            draw.integers(1, 60, draw.integers(1, 9)) if number % 2 else lengths(int(draw.integers(1, 60)), clips=5)
+        )
+        config = MaskConfig(kind=kind, ratio=float(draw.uniform(0.01, 0.99)), span_frames=int(draw.integers(1, 70)))
+        arguments = (seeds(len(lengths_B), number), lengths_B, int(draw.integers(1, 33)), config)
+        assert torch.equal(draw_masks_by_sorting(*arguments), draw_masks(*arguments))
+
+
+def test_clip_that_is_too_long_to_be_masked_is_told():
+    with pytest.raises(
+        ConfigError, match=r"^data\.clip_seconds: a clip of 1048576 frames; at most 1048575 can be masked$"
+    ):
+        draw_masks(seeds(1), lengths(1 << 20), 1, MaskConfig())
 
 
 def test_token_masks_of_two_codebooks_meet_at_every_pair_of_frames_alike():
