@@ -1,23 +1,18 @@
-"""`megascale export` and `megascale embed`: a kept model for others, and what it makes of tokens."""
+"""`megascale export`: a kept model for others."""
 
 import argparse
-import io
-import json
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megascale import hub, storage
 from megascale.config import has_credentials
-from megascale.errors import CheckpointError, ConfigError, DataError
+from megascale.errors import ConfigError
 from megascale.log import say
 
 _MODEL = "a pretraining run (its best checkpoint), a checkpoint, a model/ folder, or a fine-tuning run; path or URL"
 
 
 def add_to(commands: Any) -> None:
-    """Add `export` and `embed` to the commands of an argument parser."""
+    """Add `export` to the commands of an argument parser."""
     export = commands.add_parser(
         "export",
         help="copy a model for use elsewhere, to a folder or to the Hugging Face hub",
@@ -31,20 +26,7 @@ def add_to(commands: Any) -> None:
     )
     export.add_argument("--private", action="store_true", help="make the repo a private one")
     export.set_defaults(run=_export)
-
-    embed = commands.add_parser(
-        "embed",
-        help="embed every clip of a token folder",
-        description="Write the mean over frames of the global encoder for every clip of a token folder: one row a clip.",
-    )
-    embed.add_argument("model", metavar="RUN", help=_MODEL + ", or the id of a repo on the Hugging Face hub")
-    embed.add_argument("tokens", metavar="TOKENS", help="token folder of the model's codec; path or URL")
-    embed.add_argument("out", metavar="OUT", help="FILE.npz, or FILE.parquet (needs megascale[parquet]); path or URL")
-    embed.add_argument("--batch", type=int, default=16, metavar="N", help="clips per forward pass (default 16)")
-    embed.set_defaults(run=_embed)
-
-    for parser in (export, embed):
-        parser.add_argument("--endpoint-url", help="S3 endpoint, for stores other than AWS")
+    export.add_argument("--endpoint-url", help="S3 endpoint, for stores other than AWS")
 
 
 def _configure(arguments: argparse.Namespace, *urls: str | None) -> None:
@@ -72,55 +54,3 @@ def _export(arguments: argparse.Namespace) -> None:
     if repo is not None:
         with hub.told(repo):
             say(str(model.push_to_hub(repo, private=arguments.private or None)))
-
-
-def _embed(arguments: argparse.Namespace) -> None:
-    from megascale.data.index import read_clips, read_manifest
-    from megascale.export import embed_clips, load_model
-
-    _configure(arguments, arguments.model, arguments.tokens, arguments.out)
-    kind = Path(arguments.out).suffix
-    if kind not in (".npz", ".parquet"):
-        raise ConfigError(f"{arguments.out}: ends in neither .npz nor .parquet")
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch}: must be 1 or more")
-    model, manifest = load_model(arguments.model), read_manifest(arguments.tokens)
-    needed, theirs, ours = model.global_encoder.num_codebooks, model.codec.fingerprint, manifest.codec.fingerprint
-    if theirs != ours:
-        raise CheckpointError(
-            f"{arguments.model}: trained on tokens of codec {theirs[:8]}; {arguments.tokens} holds codec {ours[:8]}"
-        )
-    if needed > manifest.codec.num_codebooks:
-        stored = f"{arguments.tokens}: stored with {manifest.codec.num_codebooks} codebooks"
-        raise DataError(f"{stored}, {arguments.model} needs {needed}")
-    clips = list(read_clips(arguments.tokens, manifest, needed))
-    embedded_ND = embed_clips(model.global_encoder, clips, arguments.batch)
-    columns = {
-        "key": [clip.key for clip in clips],
-        "recording": [clip.recording for clip in clips],
-        "split": [clip.split or "" for clip in clips],
-        "labels": [json.dumps(clip.labels, ensure_ascii=False) for clip in clips],
-    }
-    data = _npz(columns, embedded_ND) if kind == ".npz" else _parquet(columns, embedded_ND)
-    storage.publish_bytes(arguments.out, data)
-    say(f"{arguments.out}: {len(clips)} clips, {embedded_ND.shape[1]} numbers each")
-
-
-def _npz(columns: dict[str, list[str]], embedded_ND: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.array(values, dtype=str) for name, values in columns.items()}
-    np.savez(file, embedding=embedded_ND, **arrays)
-    return file.getvalue()
-
-
-def _parquet(columns: dict[str, list[str]], embedded_ND: np.ndarray) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError("FILE.parquet needs pyarrow: pip install 'megascale[parquet]'; or choose FILE.npz") from None
-    flat = pyarrow.array(embedded_ND.reshape(-1))
-    vectors = pyarrow.FixedSizeListArray.from_arrays(flat, embedded_ND.shape[1])
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns | {"embedding": vectors}), file)
-    return file.getvalue()

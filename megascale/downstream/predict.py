@@ -4,7 +4,7 @@ B windows, T frames, Q codebooks, D width, C classes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class ModelFacts(BaseModel):
     num_codebooks: int = Field(ge=1, le=32)
     codec: CodecFacts
     label: str | None = None
+    task_kind: Literal["single", "multi"] = "single"
     classes: list[str] | None = Field(None, min_length=2)
     clip_frames: int = Field(round(PRETRAINING_SECONDS * FRAMES_PER_SECOND), ge=1)
 
@@ -128,7 +129,8 @@ class Predictor:
         if self._head is None:
             return mean_BD.cpu().numpy(), None
         logits_BC = torch.cat([self._head(mean_1D) for mean_1D in mean_BD.split(1)])  # see _ALONE_BELOW
-        return mean_BD.cpu().numpy(), logits_BC.softmax(dim=-1).cpu().numpy()
+        several = self.facts.task_kind == "multi"  # each label has a chance of its own
+        return mean_BD.cpu().numpy(), (logits_BC.sigmoid() if several else logits_BC.softmax(dim=-1)).cpu().numpy()
 
 
 def _of(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

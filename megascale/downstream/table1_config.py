@@ -32,7 +32,7 @@ class CheckpointsConfig(Section):
 class FurtherArmConfig(Section):
     """One more row for each corpus."""
 
-    arm: Literal["ft", "ft_aug"] = Field("ft", description="how its checkpoints are fine-tuned")
+    arm: Literal["probe", "ft", "ft_aug"] = Field("ft", description="how its checkpoints are fine-tuned")
     kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
     kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
 

@@ -61,7 +61,7 @@ class WatchConfig(Section):
         True, description="wait for new checkpoints until the run is finished; false: take those there are"
     )
     poll_seconds: float = Field(30, gt=0, description="time between two looks at the run")
-    arm: Literal["ft", "ft_aug"] = Field("ft", description="how a checkpoint is fine-tuned")
+    arm: Literal["probe", "ft", "ft_aug"] = Field("ft", description="how a checkpoint is fine-tuned")
     finetune: dict[str, Any] = Field(
         {}, description="sections train, optim, drop and zero of a finetune config, the same for every checkpoint"
     )

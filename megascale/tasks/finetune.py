@@ -128,11 +128,11 @@ def _build_model(
     """Return the classifier with the arm's first weights, and what its saved model tells of it."""
     num_codebooks = codebooks_for(config.data.bitrate_kbps)
     weights: dict[str, Tensor] = {}
-    shape = config.model
+    shape, clip_frames = config.model, None
     if config.checkpoint is not None:
         weights, facts = read_model(config.checkpoint)
         _check_fits(config, facts, manifest, num_codebooks)
-        shape = ModelConfig(**facts["model"])
+        shape, clip_frames = ModelConfig(**facts["model"]), facts.get("clip_frames")  # None: checkpoints of old lack it
     generator = seeding.torch_generator(config.seed, "classifier weights")
     try:
         model = AudioClassifier(shape, num_codebooks, len(classes), generator)
@@ -156,6 +156,8 @@ def _build_model(
         "task_kind": config.task.kind,
         "classes": classes,
     }
+    if clip_frames is not None:
+        described["clip_frames"] = clip_frames
     return model, described
 
 

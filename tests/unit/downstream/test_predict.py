@@ -1,5 +1,6 @@
 """`.ecdc` in, label out: what the model is given, which files can be read, and that a clip's answer is its own."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thre
     assert np.array_equal(embedding_D, x_1TD.mean(dim=1)[0].numpy())
     assert np.array_equal(probabilities_C, logits_1C.softmax(dim=-1)[0].numpy())
     assert np.ptp(probabilities_C) > 0.05, "first weights would give a third to each"
+
+
+def test_labels_that_can_come_together_have_chances_of_their_own(tmp_path):
+    model = write_classifier(tmp_path / "model", 2)
+    facts = tmp_path / "model" / "config.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"task_kind": "multi"}))
+    codes_QT = draw_codes(90, 2)
+    with torch.inference_mode():
+        logits_1C = model(torch.from_numpy(codes_QT.T.astype(np.int64))[None])
+    ((_, chances_C),) = Predictor(str(tmp_path / "model"))([codes_QT], None)
+    np.testing.assert_allclose(chances_C, logits_1C.sigmoid()[0].numpy(), rtol=1e-5)  # threads sum in another order
+    assert abs(chances_C.sum() - 1) > 0.1
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 75, 750])
