@@ -1,6 +1,5 @@
 """`.ecdc` in, label out: what the model is given, which files can be read, and that a clip's answer is its own."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +72,7 @@ def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thre
 
 
 def test_labels_that_can_come_together_have_chances_of_their_own(tmp_path):
-    model = write_classifier(tmp_path / "model", 2)
-    facts = tmp_path / "model" / "config.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"task_kind": "multi"}))
+    model = write_classifier(tmp_path / "model", 2, told={"task_kind": "multi"})
     codes_QT = draw_codes(90, 2)
     with torch.inference_mode():
         logits_1C = model(torch.from_numpy(codes_QT.T.astype(np.int64))[None])
