@@ -63,12 +63,19 @@ def table1(argv: Sequence[str] | None = None) -> int:
     from megascale import report
     from megascale.downstream import table1 as job
     from megascale.table_baselines import score_baselines
+    from megascale.table_embeddings import embedding_maps
     from megascale.tasks import finetune as task
 
     cell = job.CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.Table1Config) -> None:
-        report.write_table1_report(config.output.url, job.run(config, cell, score_baselines), job.PAPER)
+        def maps() -> list[tuple[Any, ...]]:
+            if not config.map_recordings:
+                return []
+            found = embedding_maps(job.rows_of(config), job.checkpoints_of(config), config.map_recordings)
+            return [(each.title, each.points_R2, each.classes) for each in found]
+
+        report.write_table1_report(config.output.url, job.run(config, cell, score_baselines), job.PAPER, maps)
 
     return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
 

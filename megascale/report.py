@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -367,8 +367,30 @@ def _printable(text: str, length: int) -> str:
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
-def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str, Any]) -> None:
-    """Write `table1.html`: the table beside the paper's, and confusion matrices."""
+def add_embeddings(page: Page, maps: Sequence[tuple[str, np.ndarray, list[str]]]) -> None:
+    """Add maps of embeddings, two in a row: (title, points_R2, class of each point)."""
+    columns, rows = min(2, len(maps)), math.ceil(len(maps) / 2)
+    figure = Figure(figsize=(5.4 * columns, 4.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (title, points_R2, classes) in zip(axes.flat, maps, strict=False):
+        for number, name in enumerate(sorted(set(classes))):
+            own = np.array([found == name for found in classes])
+            marker = "os^vD"[number // 10 % 5]
+            ax.scatter(*points_R2[own].T, s=14, color=f"C{number % 10}", marker=marker, label=_printable(name, 20))
+        ax.set_title(title, fontsize=10)
+        ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    page.picture("embeddings", figure, "embeddings of recordings by the pretrained encoders, laid out by t-SNE")
+
+
+def write_table1_report(
+    folder_url: str, table: dict[str, Any], paper: dict[str, Any], maps: Callable[[], Sequence[Any]]
+) -> None:
+    """Write `table1.html`: the table beside the paper's, confusion matrices, and maps of embeddings.
+
+    `maps` is called if there is a page to write; what it returns is what `add_embeddings` takes.
+    """
     folder = storage.local_path(folder_url)
     if _is_newer(folder / "table1.html", folder / "table1.json"):
         return  # a finished table that was asked for again
@@ -376,4 +398,12 @@ def write_table1_report(folder_url: str, table: dict[str, Any], paper: dict[str,
     add_table(page, table, paper, table["baselines"])
     page.heading("Confusion matrices")
     add_confusions(page, table)
+    drawn = maps()
+    if drawn:
+        page.heading("Embeddings")
+        page.text(
+            "Recordings by the mean over frames of the pretrained encoder, which saw no label, laid out by t-SNE: what lies "
+            "together is alike to it; distances between groups mean little."
+        )
+        add_embeddings(page, drawn)
     say(f"report: {page.write()}")

@@ -169,8 +169,13 @@ def paper_arms(checkpoints: dict[float, str]) -> Arms:
     return {arm: (arm, checkpoints) for arm in ARMS}
 
 
+def checkpoints_of(config: Table1Config) -> dict[float, str]:
+    """Return the checkpoint of each bitrate, kbps."""
+    return _by_bitrate(config.checkpoints)
+
+
 def _arms(config: Table1Config) -> Arms:
-    return paper_arms(_by_bitrate(config.checkpoints)) | {
+    return paper_arms(checkpoints_of(config)) | {
         name: (further.arm, _by_bitrate(further)) for name, further in config.further.items()
     }
 

@@ -88,6 +88,9 @@ class Table1Config(Section):
         True,
         description="logistic regressions on log-mel statistics and on bags of codes, too; they read all audio again",
     )
+    map_recordings: int = Field(
+        200, ge=0, description="the page shows embeddings of at most so many recordings of each corpus; 0: none"
+    )
     storage: StorageConfig = Field(StorageConfig(), description="object stores")
 
     @model_validator(mode="after")

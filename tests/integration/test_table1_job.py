@@ -36,6 +36,7 @@ def test_table_is_made_once_and_goes_on_where_it_stopped(inputs, tmp_path):
     markdown = (output / "table1.md").read_text()
     assert "(69.00)" in markdown and len(re.findall(r"^\| (?:gtzan|nsynth|music_speech) ", markdown, re.M)) == 9
     assert "69.00" in (output / "table1.html").read_text()
+    assert (output / "embeddings.png").read_bytes().startswith(b"\x89PNG")
 
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
     assert "already done" in run(table1(output, inputs))

@@ -24,6 +24,7 @@ LEVELS = (
         "quickstart",
         "quickstart_report",
         "table_baselines",
+        "table_embeddings",
         "tokenize_report",
         "hear",
         "bench",

@@ -188,8 +188,10 @@ def test_table_without_the_papers_figures_has_no_column_for_them(tmp_path):
 
 
 def test_table1_report_is_table1_html(tmp_path):
-    report.write_table1_report(str(tmp_path), table(("gtzan",)), PAPER)
-    assert {path.name for path in tmp_path.iterdir()} == {"table1.html", "confusion-gtzan.png"}
+    classes = [f"class {i % 12}" for i in range(60)]
+    maps = [("gtzan, 1.5 kbps", np.random.default_rng(0).normal(size=(60, 2)), classes)]
+    report.write_table1_report(str(tmp_path), table(("gtzan",)), PAPER, lambda: maps)
+    assert {path.name for path in tmp_path.iterdir()} == {"table1.html", "confusion-gtzan.png", "embeddings.png"}
 
 
 def test_numbers_that_are_not_finite_are_shown_and_break_nothing(tmp_path):
