@@ -19,7 +19,7 @@ def add_to(commands: Any) -> None:
         description="Write model.safetensors, config.json, a model card filled from the run, and the codec where it was "
         "calibrated and lies beside the run's tokens. from_pretrained reads the folder or the repo.",
     )
-    export.add_argument("model", metavar="RUN", help=_MODEL)
+    export.add_argument("model", metavar="RUN", help=_MODEL + ", or the id of a repo on the Hugging Face hub")
     export.add_argument("folder", metavar="FOLDER", nargs="?", help="a new folder")
     export.add_argument(
         "--push-to-hub", metavar="NAME", help="repo on the hub, such as owner/model; made if it is not there"

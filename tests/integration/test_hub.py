@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +13,6 @@ from conftest import ENVIRONMENT, ROOT
 from hub_server import TOKEN, Hub, serving
 from kept_models import SHAPE, facts_of, write_run
 from language_models import config_of, tensors
-from support import write_token_folder
 
 Call = Callable[..., str]
 
@@ -47,7 +45,6 @@ def call(hub, tmp_path) -> Call:
 
 def test_a_run_is_pushed_with_its_card_and_read_by_its_id(call, hub, tmp_path):
     run = write_run(tmp_path / "run")
-    write_token_folder(tmp_path / "tokens", 6)
     printed = call("-m", "megascale", "export", str(run), "--push-to-hub", "me/audio", "--private")
     assert f"{hub.endpoint}/me/audio" in printed and hub.private == {"me/audio"}
     files = hub.repos["me/audio"]
@@ -57,35 +54,33 @@ def test_a_run_is_pushed_with_its_card_and_read_by_its_id(call, hub, tmp_path):
     assert files["config.json"] == (kept / "config.json").read_bytes()
     assert b"| updates | 10 of 20 |" in files["README.md"]
 
-    embed = ["-m", "megascale", "embed"]
-    call(*embed, "me/audio", str(tmp_path / "tokens"), str(tmp_path / "by_id.npz"))
-    call(*embed, str(kept), str(tmp_path / "tokens"), str(tmp_path / "by_path.npz"))
-    by_id, by_path = (np.load(tmp_path / f"{name}.npz")["embedding"] for name in ("by_id", "by_path"))
-    assert by_id.shape == (6, SHAPE.width) and np.array_equal(by_id, by_path)
+    export = ["-m", "megascale", "export", "me/audio"]
+    call(*export, str(tmp_path / "by_id"))
     # what was fetched once is read without the hub
-    call(*embed, "me/audio", str(tmp_path / "tokens"), str(tmp_path / "offline.npz"), HF_HUB_OFFLINE="1")
+    call(*export, str(tmp_path / "offline"), HF_HUB_OFFLINE="1")
+    for folder in ("by_id", "offline"):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
 
 
 def test_a_hub_that_refuses_or_has_no_such_repo_is_one_line_and_exit_2(call, hub, tmp_path):
-    run, tokens = write_run(tmp_path / "run"), tmp_path / "tokens"
-    write_token_folder(tokens, 2)
+    run, out = write_run(tmp_path / "run"), str(tmp_path / "out")
     hub.repos["me/notes"] = {"README.md": b"no model"}
     hub.repos["me/half"] = {"config.json": json.dumps(facts_of()).encode()}
-    embed = ["-m", "megascale", "embed"]
+    export = ["-m", "megascale", "export"]
     for arguments, environment, said in (
         (
-            [*embed, "me/nowhere", str(tokens), "out.npz"],
+            [*export, "me/nowhere", out],
             {},
             "me/nowhere: no such folder here; config.json of that repo: ",
         ),
         (
-            [*embed, "me/notes", str(tokens), "out.npz"],
+            [*export, "me/notes", out],
             {},
             "me/notes: no such folder here, and no config.json in that repo",
         ),
-        ([*embed, "me/half", str(tokens), "out.npz"], {}, "me/half: no model.safetensors in that repo"),
+        ([*export, "me/half", out], {}, "me/half: no model.safetensors in that repo"),
         (
-            ["-m", "megascale", "export", str(run), "--push-to-hub", "me/audio"],
+            [*export, str(run), "--push-to-hub", "me/audio"],
             {"HF_TOKEN": "hf_wrong"},
             "me/audio: the",
         ),
@@ -93,7 +88,7 @@ def test_a_hub_that_refuses_or_has_no_such_repo_is_one_line_and_exit_2(call, hub
         printed = call(*arguments, exit_code=2, **environment)
         lines = [line for line in printed.splitlines() if "Error: " in line]
         assert len(lines) == 1 and said in lines[0] and "Traceback" not in printed
-    assert "me/audio" not in hub.repos and not os.path.exists(ROOT / "out.npz")
+    assert "me/audio" not in hub.repos and not os.path.exists(out)
 
 
 def test_first_weights_are_read_from_a_repo_in_shards(call, hub, tmp_path):

@@ -69,7 +69,10 @@ def test_embeddings_equal_the_fine_tuning_paths_to_the_last_bit(
     tmp_path, made, codec_file, fitted_codec, process_group
 ):
     """The path: files to tokens as the tokenization job reads them, scored by fine-tuning's own trainer and engine."""
-    from megascale.tasks.finetune import FinetuneConfig, _Trainer
+    from megascale.tasks.finetune_config import FinetuneConfig
+    from megascale.tasks.finetune_data import LabelledClips
+    from megascale.tasks.finetune_trainer import Trainer
+    from megascale.train.engine import Engine
 
     audio = batch(6)
     clips = [_tokenised(tmp_path, i, clip_S.numpy(), fitted_codec) for i, clip_S in enumerate(audio)]
@@ -83,7 +86,9 @@ def test_embeddings_equal_the_fine_tuning_paths_to_the_last_bit(
         train={"eval_batch": 6},
     )
     splits = {name: list(range(6)) for name in ("train", "valid", "test")}
-    trainer = _Trainer(config, classifier, clips, classifier.classes, splits, tmp_path)
+    manifest = None  # is no part of scoring
+    trainer = Trainer(config, classifier, LabelledClips(manifest, clips, classifier.classes, splits, {}), tmp_path)
+    trainer._engine = Engine(classifier, config.optim, config.zero, micro_batch=6, accumulation=1, num_steps=1)
     seen: list[torch.Tensor] = []
     classifier.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     trainer._predict(splits["test"])
