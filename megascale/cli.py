@@ -82,7 +82,7 @@ def table1(argv: Sequence[str] | None = None) -> int:
 
 def watch(argv: Sequence[str] | None = None) -> int:
     """Downstream accuracy over the course of a pretraining run, while it goes on."""
-    from megascale import report
+    from megascale import watch_page
     from megascale.downstream import watch as job
     from megascale.downstream.table1 import CellJob
     from megascale.tasks import finetune as task
@@ -90,9 +90,9 @@ def watch(argv: Sequence[str] | None = None) -> int:
     cell = CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.WatchConfig) -> None:
-        curve = job.run(config, cell, lambda curve: report.write_watch_report(config.output.url, curve))
+        curve = job.run(config, cell, lambda curve: watch_page.write_watch_report(config.output.url, curve))
         steps = len({point["step"] for point in curve["points"]} - {None})
-        say(f"{steps} checkpoints evaluated -> {config.output.url}/{job.CURVE}, {config.output.url}/{report.PAGE}")
+        say(f"{steps} checkpoints evaluated -> {config.output.url}/{job.CURVE}, {config.output.url}/report.html")
 
     return _main("watch", job.WatchConfig, run, lambda config: job.describe_plan(config, cell), argv)
 

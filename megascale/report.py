@@ -211,7 +211,7 @@ def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baseline
         if previous is not None and task != previous:
             rows += _baseline_rows(baselines.get(previous, {}), bool(paper))
         row = ["" if task == previous else task, summary_15["arm"]]
-        row += [_with_interval(summary_15), _with_interval(summary_12)]
+        row += [with_interval(summary_15), with_interval(summary_12)]
         row += [f"{100 * s['macro_f1']:.1f}" for s in (summary_15, summary_12)] + [str(summary_15["count"])]
         theirs = paper.get(task, {}).get(summary_15["arm"])
         row += [f"{theirs[0][0]:.2f} / {theirs[1][0]:.2f}" if theirs else ""] if paper else []
@@ -232,7 +232,8 @@ def _pairs(summary: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str
     return [(s, high[s["task"], s["arm"]]) for s in low]
 
 
-def _with_interval(cell: dict[str, Any]) -> str:
+def with_interval(cell: dict[str, Any]) -> str:
+    """Return an accuracy and its 95% interval in percent, and how it stands against the paper's."""
     low, high = cell["accuracy_ci95"]
     mark = {"above": " ▲", "below": " ▼"}.get(cell.get("against_paper") or "", "")
     return f"{100 * cell['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]{mark}"
@@ -242,7 +243,7 @@ def _baseline_rows(baselines: dict[str, Any], with_paper: bool) -> list[list[str
     rows = []
     for name, found in baselines.items():
         own = [found.get("bitrate_kbps") in (None, kbps) for kbps in (1.5, 12.0)]
-        accuracy, f1 = _with_interval(found), f"{100 * found['macro_f1']:.1f}"
+        accuracy, f1 = with_interval(found), f"{100 * found['macro_f1']:.1f}"
         scores = [score if shown else "" for score in (accuracy, f1) for shown in own]
         rows.append(["", name, *scores, str(found["count"])] + ([""] if with_paper else []))
     return rows
@@ -280,7 +281,7 @@ def _confusions(task: str, cells: dict[tuple[str, float], dict[str, Any]]) -> Fi
             color = "white" if shares[i, j] > 0.6 else "black"
             ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
         ax.set_title(f"{task}, {arm}, {kbps:g} kbps: {100 * cell['accuracy']:.0f}%", fontsize=10)
-        classes = [_printable(name, 24) for name in cell["classes"]]
+        classes = [printable(name, 24) for name in cell["classes"]]
         places, none = range(len(classes)), [""] * len(classes)
         # outer labels are enough; inner ones would shrink the matrices
         ax.set_xticks(places, classes if row == len(bitrates) - 1 else none, rotation=90, fontsize=7, parse_math=False)
@@ -306,7 +307,7 @@ def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -
         seconds = codes_QT.shape[1] / FRAMES_PER_SECOND
         top_khz = SAMPLE_RATE_HZ / 2000
         above.imshow(spectrogram_MF, origin="lower", aspect="auto", extent=(0, seconds, 0, top_khz), cmap="magma")
-        above.set_title(_printable(title, 60), fontsize=10, parse_math=False)
+        above.set_title(printable(title, 60), fontsize=10, parse_math=False)
         above.set_yticks([0, top_khz], ["0", f"{top_khz:g} kHz (mel)"], fontsize=8)
         below.imshow(
             codes_QT,
@@ -321,47 +322,7 @@ def add_clips(page: Page, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -
     page.picture("clips", figure, "spectrograms and tokens of example clips")
 
 
-def write_watch_report(folder_url: str, curve: dict[str, Any]) -> None:
-    """Write `report.html` of a watched run: downstream accuracy against pretraining steps, and the figures below."""
-    page = Page("Downstream accuracy over pretraining", folder_url)
-    page.text(f"{curve['run']}, arm {curve['arm']}" + (f"; {curve['waiting']} in training" if curve["waiting"] else ""))
-    points = curve["points"]
-    if any(point["step"] is not None for point in points):
-        page.picture("accuracy", _accuracy_over_steps(points), "test accuracy of each task against pretraining steps")
-    rows = [
-        [
-            point["task"],
-            "from scratch" if point["step"] is None else str(point["step"]),
-            _with_interval(point),
-            f"{100 * point['macro_f1']:.1f}",
-            str(len(point["seeds"])),
-            str(point["count"]),
-        ]
-        for point in sorted(points, key=lambda point: (point["task"], point["step"] or 0))
-    ]
-    page.table(["task", "pretraining steps", "accuracy", "macro-F1", "seeds", "n"], rows, text_columns=2)
-    page.text("Percent, 95% interval in brackets, on the test split. No choice is made by it.")
-    page.write()
-
-
-def _accuracy_over_steps(points: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for number, task in enumerate(dict.fromkeys(point["task"] for point in points)):
-        own = sorted((p for p in points if p["task"] == task and p["step"] is not None), key=lambda p: p["step"])
-        steps, accuracies = [p["step"] for p in own], [100 * p["accuracy"] for p in own]
-        low, high = (np.array([100 * p["accuracy_ci95"][i] for p in own]) for i in (0, 1))
-        ax.plot(steps, accuracies, marker="o", color=f"C{number}", label=_printable(task, 24))
-        ax.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, lw=0)
-        for scratch in (p for p in points if p["task"] == task and p["step"] is None):
-            ax.axhline(100 * scratch["accuracy"], color=f"C{number}", ls="--", lw=1)
-    ax.set(xlabel="pretraining steps (dashed: from scratch)", ylabel="test accuracy, %")
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _printable(text: str, length: int) -> str:
+def printable(text: str, length: int) -> str:
     """Cut a name, UTF-8 or not, to what a picture can show. It may hold `$`, so show it with parse_math off."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
@@ -378,7 +339,7 @@ def add_embeddings(page: Page, maps: Sequence[tuple[str, np.ndarray, list[str]]]
         for number, name in enumerate(sorted(set(classes))):
             own = np.array([found == name for found in classes])
             marker = "os^vD"[number // 10 % 5]
-            ax.scatter(*points_R2[own].T, s=14, color=f"C{number % 10}", marker=marker, label=_printable(name, 20))
+            ax.scatter(*points_R2[own].T, s=14, color=f"C{number % 10}", marker=marker, label=printable(name, 20))
         ax.set_title(title, fontsize=10)
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     page.picture("embeddings", figure, "embeddings of recordings by the pretrained encoders, laid out by t-SNE")

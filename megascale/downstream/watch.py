@@ -160,7 +160,9 @@ class _Watch:
     def _begin_new(self) -> bool:
         """Start the classifiers of checkpoints that were not there before; return whether finished ones were found."""
         grew = False
-        for step, url in _committed(self.config).items():
+        # what an earlier start copied may be pruned by now
+        copies = {int(path.parent.name): path.parent for path in sorted(self.path.glob(f"{_COPIES}/*/config.json"))}
+        for step, url in sorted((dict.fromkeys(copies, "") | _committed(self.config)).items()):
             if step in self._known:
                 continue
             copy = self.path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one

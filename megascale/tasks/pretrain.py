@@ -177,12 +177,16 @@ def _train(
     if rank == 0:
         run_folder.write_result(path, result)
     barrier()
+    _tell_end(result)
+    return result
+
+
+def _tell_end(result: dict[str, Any]) -> None:
     say(
-        f"{config.train.steps} steps in {duration(result['wall_seconds'])}, at most {peak_memory_gib():.3g} GiB of memory; "
+        f"{result['steps']} steps in {duration(result['wall_seconds'])}, at most {peak_memory_gib():.3g} GiB of memory; "
         f"best checkpoint {result['checkpoint']}; "
         f"next: python launch/finetune.py CONFIG checkpoint={result['checkpoint']}"
     )
-    return result
 
 
 def _load_first_weights(config: PretrainConfig, model: MegaAudioFormer) -> None:

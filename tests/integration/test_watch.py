@@ -56,6 +56,7 @@ def test_only_what_is_missing_is_trained_and_checkpoints_may_be_gone_by_then(fin
     assert len(before) == 3
     lost = output / "runs" / "step-00000004-class-seed0" / "result.json"
     lost.unlink()
+    shutil.rmtree(mine / "checkpoints" / "step-00000004")
     run(watch(mine, tokens, output, "every=4", "follow=false"))
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {lost}
     assert steps(output) == [None, 4, 8]

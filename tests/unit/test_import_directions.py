@@ -26,6 +26,7 @@ LEVELS = (
         "table_baselines",
         "table_embeddings",
         "tokenize_report",
+        "watch_page",
         "hear",
         "bench",
     ),
