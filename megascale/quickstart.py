@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from megascale.downstream.table1 import LabelledTokens
 from megascale.downstream.table1_config import BITRATES_KBPS, CellsConfig, Table1Config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded, Stopped
 from megascale.log import Progress, duration, say
+from megascale.ports import free_port
 from megascale.storage import StorageConfig
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
@@ -259,7 +259,7 @@ def _pretrain(config: QuickstartConfig, root: Path, tokens: str, kbps: float) ->
     overrides = _overrides(values) + config.overrides
     overrides += _fit_to_corpus(load_config(PretrainConfig, "pretrain", recipe, overrides), ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--log_level", "error"]
+    command += ["--master_port", str(free_port()), "--log_level", "error"]
     command += [str(_ROOT / "launch" / "pretrain.py"), recipe, *overrides]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     code = _run_group(command, {**os.environ, "OMP_NUM_THREADS": threads})
@@ -302,12 +302,6 @@ def _fit_to_corpus(config: PretrainConfig, ranks: int) -> list[str]:
     if batch == config.train.global_batch:
         return []
     return [f"train.global_batch={batch}", f"train.micro_batch={max(1, batch // ranks)}"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rows(config: QuickstartConfig, tokens: dict[str, str]) -> tuple[list[LabelledTokens], CellsConfig]:

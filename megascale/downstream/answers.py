@@ -30,6 +30,7 @@ class Lines:
     def write(self, clip: Clip, answer: Answer) -> None:
         """Write a clip's line."""
         self._hold = False
+        self.num_clips += 1  # before the reader can have the line and stop us
         line: dict[str, Any] = {"source": _plain(clip.source)}
         if clip.key is not None:
             line["key"] = _plain(clip.key)
@@ -39,7 +40,6 @@ class Lines:
             shares = [round(float(share), 6) for share in answer.probabilities_C]
             line["probabilities"] = dict(zip(self._classes, shares, strict=True))
         self._put(line | {"frames": frames, "seconds": round(clip.seconds, 6)})
-        self.num_clips += 1
         if self._embeddings is not None:
             key = None if clip.key is None else _plain(clip.key)
             self._embeddings.add(_plain(clip.source), key, frames, clip.seconds, answer.embedding_D)
@@ -138,7 +138,7 @@ def finish(lines: Lines, embeddings: EmbeddingFile | None) -> int:
 
 def stopped(lines: Lines) -> Stopped:
     """Return the error that says what a stop leaves behind."""
-    return Stopped(f"stopped: {lines.num_clips} clips are answered for; the same command begins anew")
+    return Stopped(f"{lines.num_clips} clips are answered for; the same command begins anew")
 
 
 def _plain(text: str) -> str:

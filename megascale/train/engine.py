@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import deepspeed
 from torch import Tensor, nn
 
 from megascale.errors import CheckpointError, ConfigError, MegascaleError
+from megascale.ports import free_port
 from megascale.train.schedule import OptimConfig, lr_factor
 from megascale.train.zero import ZeroConfig, deepspeed_settings
 
@@ -44,18 +44,12 @@ def init_distributed() -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single, MASTER_PORT=str(_free_port()))
+        os.environ.update(single, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=_PATIENCE_SECONDS))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_deterministic() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support import write_paced_tokens
 
+from megascale.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -21,13 +23,8 @@ def command(script: str, *arguments: str) -> list[str]:
 
 def deepspeed(ranks: int, script: str, *arguments: str) -> list[str]:
     """Return the command line of one job under the deepspeed launcher, on a free port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", port, str(ROOT / "launch" / script), *arguments]
+    return [*launcher, "--master_port", str(free_port()), str(ROOT / "launch" / script), *arguments]
 
 
 def run(line: list[str], exit_code: int = 0, timeout: float = 240) -> str:

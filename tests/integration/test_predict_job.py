@@ -110,9 +110,7 @@ def test_a_stop_ends_with_75_and_a_reader_that_goes_away_with_2(tmp_path, start)
     waits.stdin.flush()
     waits.stdout.readline()
     waits.terminate()
-    assert (
-        waits.communicate(timeout=60)[1] == "Stopped: stopped: 1 clips are answered for; the same command begins anew\n"
-    )
+    assert waits.communicate(timeout=60)[1] == "Stopped: 1 clips are answered for; the same command begins anew\n"
     assert waits.returncode == 75
 
     write_token_folder(tmp_path / "tokens", 3000, frames=2, clips_per_shard=1000)

@@ -28,6 +28,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from support import write_tones
 from test_tokenize import SMOKE, hashes, same_codec, tokenize
 
+from megascale.ports import free_port
+
 _LAST = "next: python launch/pretrain.py CONFIG data.url="
 _COPIES = "ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"  # of the working directory, on a node
 
@@ -75,7 +77,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_TMPDIR": str(folder),  # where a bare ray.init() looks for the cluster that runs on this machine
         "PATH": f"{python.parent}:{os.environ['PATH']}",
     }
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client = (free_port() for _ in range(3))
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     made = Cluster(copy_checkout(folder / "checkout"), python, environment, [])
@@ -103,19 +105,11 @@ def node_python(folder: Path) -> Path:
 
 def start_node(python: Path, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
     agents = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
-    ports = [f"--{name}-port={port}" for name, port in zip(agents, free_ports(4), strict=True)]
+    ports = [f"--{name}-port={free_port()}" for name in agents]
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--block", f"--temp-dir={folder}/ray"]
     line = [str(python), "-m", "ray.scripts.scripts", "start", *arguments, *common, *ports]
     with (folder / "nodes.log").open("a") as log:
         return subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def wait_for_port(port: int, node: subprocess.Popen, log: Path) -> None:

@@ -43,6 +43,7 @@ LEVELS = (
         "tokens",
         "seeding",
         "stopping",
+        "ports",
         "log",
         "sinks",
         "corpora",

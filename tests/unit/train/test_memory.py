@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from megascale.ports import free_port
 from megascale.train.engine import Batch, Engine, init_distributed
 from megascale.train.memory import state_bytes
 from megascale.train.schedule import OptimConfig
@@ -82,10 +82,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> list[dict[str, dict[str, list[int]]]]:
     folder = tmp_path_factory.mktemp("measured")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder), nprocs=2)
+    torch.multiprocessing.spawn(work, (free_port(), folder), nprocs=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
