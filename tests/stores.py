@@ -35,8 +35,9 @@ def hooked_copy(folder: Path) -> Iterator[str]:
     """Put a folder's files into an empty HookedStore; yield its URL. The hook is gone afterwards."""
     fsspec.register_implementation("hooked", HookedStore, clobber=True)
     HookedStore.store.clear()
-    for file in folder.iterdir():
-        storage.publish_bytes(f"hooked://folder/{file.name}", file.read_bytes())
+    for file in folder.rglob("*"):
+        if file.is_file():
+            storage.publish_bytes(f"hooked://folder/{file.relative_to(folder).as_posix()}", file.read_bytes())
     try:
         yield "hooked://folder"
     finally:

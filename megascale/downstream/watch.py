@@ -251,7 +251,7 @@ def _copy_model(url: str, folder: Path) -> None:
 
 def _configs(config: WatchConfig, step: int, checkpoint: str, job: CellJob) -> list[tuple[Any, Key]]:
     """Return the configs of one checkpoint's classifiers, or of those from scratch."""
-    _, facts = read_model(checkpoint)
+    _, facts = read_model(checkpoint, keep=True)
     name = "scratch" if step == SCRATCH else f"step-{step:08d}"
     configs = []
     for task, labelled in config.tasks.items():

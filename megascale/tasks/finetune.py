@@ -130,7 +130,7 @@ def _build_model(
     weights: dict[str, Tensor] = {}
     shape, clip_frames = config.model, None
     if config.checkpoint is not None:
-        weights, facts = read_model(config.checkpoint)
+        weights, facts = read_model(config.checkpoint, keep=True)
         _check_fits(config, facts, manifest, num_codebooks)
         shape, clip_frames = ModelConfig(**facts["model"]), facts.get("clip_frames")  # None: checkpoints of old lack it
     generator = seeding.torch_generator(config.seed, "classifier weights")

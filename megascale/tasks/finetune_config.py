@@ -73,7 +73,9 @@ class FinetuneConfig(Section):
         description="scratch: new weights; probe: the checkpoint's encoder as it is; ft: all learns; ft_aug: with chunk drop"
     )
     checkpoint: str | None = Field(
-        None, description="pretraining run or checkpoint; for scratch it only gives the shape"
+        None,
+        description="pretraining run or checkpoint; one in a store is copied to this machine once, and the copy goes after "
+        "a week without use. For scratch it only gives the shape",
     )
     model: ModelConfig = Field(
         ModelConfig(), description="the model's shape and first weights, for scratch without a checkpoint"

@@ -26,6 +26,7 @@ from megascale import storage
 from megascale.config import Section
 from megascale.errors import CheckpointError, StorageError
 from megascale.local_disk import settle, settle_one
+from megascale.train import copies
 from megascale.train import manifest as manifests
 from megascale.train.manifest import CHANGED, CHECKPOINTS, MANIFEST, MISSING, THREADS, CheckpointManifest
 
@@ -194,20 +195,34 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def read_model(url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model(url: str, keep: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint (`step-…`), a run (its best one; a fine-tuned one has a `model/` alone), or a bare `model/` or
     `model_ema/` folder, at any URL.
 
     What a manifest names is verified first: all of a local checkpoint; of one elsewhere its `model/` files, which alone
     are fetched.
 
+    Args:
+        url: where; what is local is read in place.
+        keep: leave a copy of what a store's manifest names on this machine (`copies`), because others will read it, too.
+            A copy that is there is used in any case.
+
     Raises:
         CheckpointError: none of these, or damaged.
     """
     if storage.is_local(url):
         return _load_model(url, _verified_model(storage.local_path(url)))
+    place, part, files = _needed(url)
+    hashes = {name: digest for name, digest in files.items() if digest is not None}
+    if hashes:  # a bare folder has none, and could change unseen
+        copy = copies.folder_of(place, hashes)
+        if keep:
+            copies.make(copy, hashes, lambda folder: _fetch_files(place, files, folder))
+        if keep or copies.is_whole(copy, hashes):
+            return _load_model(url, copy / part)
     with tempfile.TemporaryDirectory(prefix="megascale-model-") as temporary:
-        return _load_model(url, _fetched_model(url, Path(temporary)))
+        _fetch_files(place, files, Path(temporary))
+        return _load_model(url, Path(temporary, part))
 
 
 def _verified_model(folder: Path) -> Path:
@@ -240,22 +255,19 @@ def checkpoint_of(url: str) -> str | None:
     return url if last.startswith("step-") or storage.exists(storage.join(url, MANIFEST)) else None
 
 
-def _fetched_model(url: str, folder: Path) -> Path:
-    """Copy the model that a store's URL stands for into `folder`; return where it is there."""
+def _needed(url: str) -> tuple[str, str, dict[str, str | None]]:
+    """Return what has to be fetched of a store's model: from which folder, which part of that is the model, and the files
+    with their hashes (None: no manifest tells)."""
     url = url.rstrip("/")
     parent, _, last = url.rpartition("/")
-    found, files = checkpoint_of(url), dict[str, str | None]()
+    found = checkpoint_of(url)
     if found is not None:
         part = last if found == parent else "model"
         named = manifests.read_manifest(found).files
-        files |= {name: digest for name, digest in named.items() if name.startswith(f"{part}/")}
-        _fetch_files(found, files, folder)
-        return folder / part
+        return found, part, {name: digest for name, digest in named.items() if name.startswith(f"{part}/")}
     if storage.exists(storage.join(url, "model", _MODEL_FILES[0])):  # a fine-tuned run's
         url = storage.join(url, "model")
-    files |= {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
-    _fetch_files(url, files, folder)
-    return folder
+    return url, "", {name: None for name in _MODEL_FILES if storage.exists(storage.join(url, name))}
 
 
 def _best_of(url: str, listed: list[manifests.Listed]) -> str:

@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import command, run
+from conftest import ENVIRONMENT, command, run
+from fault_proxy import FaultProxy
+from s3_servers import keys_in_environment, moto
 from support import write_paced_tokens, write_pretrained
+
+from megascale.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,26 @@ def test_what_a_cell_cannot_use_is_one_line_before_ray_starts(inputs, tmp_path):
     printed = run(table1(tmp_path / "out", inputs, f"checkpoints.12k={tmp_path / 'gone'}"), exit_code=2)
     assert printed.count("\n") == 1 and "CheckpointError" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_each_checkpoint_in_a_store_is_copied_once_for_all_cells_and_the_page(inputs, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(temporary))
+    monkeypatch.setitem(ENVIRONMENT, "RAY_TMPDIR", "/tmp")  # its sockets' paths may not be long
+    for name, num_codebooks in (("run-1k5", 2), ("run-12k", 16)):
+        folder = checkpoint.step_folder(tmp_path / name / "checkpoints", 1)
+        checkpoint.begin(folder)
+        write_pretrained(folder / "model", num_codebooks)
+        checkpoint.commit(folder, 1, 16, 1, 2.0)
+    with keys_in_environment(), moto() as server, FaultProxy(server.endpoint, 0) as store:
+        for name in ("run-1k5", "run-12k"):
+            server.upload(tmp_path / name, name)
+        urls = ["checkpoints.1k5=s3://bucket/run-1k5", "checkpoints.12k=s3://bucket/run-12k"]
+        run(table1(tmp_path / "out", inputs, *urls, f"storage.endpoint_url={store.url}"))
+        reads = {name: count for name, count in store.asked.items() if name.startswith("GET") and "model/" in name}
+    files = [f"checkpoints/step-00000001/model/{name}" for name in ("config.json", "model.safetensors")]
+    assert reads == {f"GET /bucket/{name}/{file}": 1 for name in ("run-1k5", "run-12k") for file in files}
+    table = json.loads((tmp_path / "out" / "table1.json").read_text())
+    assert {cell["checkpoint"] for cell in table["cells"]} == {None, "s3://bucket/run-1k5", "s3://bucket/run-12k"}
+    assert (tmp_path / "out" / "embeddings.png").exists()
