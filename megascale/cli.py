@@ -60,13 +60,15 @@ def finetune(argv: Sequence[str] | None = None) -> int:
 
 def table1(argv: Sequence[str] | None = None) -> int:
     """Every task, arm and bitrate of the paper's Table 1."""
-    from megascale import report
     from megascale.downstream import table1 as job
+    from megascale.downstream.pool import CellJob
+    from megascale.downstream.table import PAPER
     from megascale.table_baselines import score_baselines
     from megascale.table_embeddings import embedding_maps
+    from megascale.table_page import write_table1_report
     from megascale.tasks import finetune as task
 
-    cell = job.CellJob(task.FinetuneConfig, task.check, task.run)
+    cell = CellJob(task.FinetuneConfig, task.check, task.run)
 
     def run(config: job.Table1Config) -> None:
         def maps() -> list[tuple[Any, ...]]:
@@ -75,7 +77,7 @@ def table1(argv: Sequence[str] | None = None) -> int:
             found = embedding_maps(job.rows_of(config), job.checkpoints_of(config), config.map_recordings)
             return [(each.title, each.points_R2, each.classes) for each in found]
 
-        report.write_table1_report(config.output.url, job.run(config, cell, score_baselines), job.PAPER, maps)
+        write_table1_report(config.output.url, job.run(config, cell, score_baselines), PAPER, maps)
 
     return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
 
@@ -84,7 +86,7 @@ def watch(argv: Sequence[str] | None = None) -> int:
     """Downstream accuracy over the course of a pretraining run, while it goes on."""
     from megascale import watch_page
     from megascale.downstream import watch as job
-    from megascale.downstream.table1 import CellJob
+    from megascale.downstream.pool import CellJob
     from megascale.tasks import finetune as task
 
     cell = CellJob(task.FinetuneConfig, task.check, task.run)

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megascale import storage
+from megascale.downstream.intervals import with_interval
 from megascale.log import read_metrics, say
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ
 
@@ -77,14 +78,15 @@ class Page:
 def write_pretrain_report(run_url: str, result: dict[str, Any]) -> None:
     """Write the page of a pretraining run: loss curves, and accuracy per codebook beside the unigram baseline."""
     folder = storage.local_path(run_url)
-    if _is_newer(folder / PAGE, folder / "result.json"):
-        return  # a finished run that was started again
+    if is_newer(folder / PAGE, folder / "result.json"):
+        return
     page = Page(f"Pretraining at {result['bitrate_kbps']:g} kbps", run_url)
     add_pretraining(page, [(result, folder)])
     say(f"report: {page.write()}")
 
 
-def _is_newer(page: Path, result: Path) -> bool:
+def is_newer(page: Path, result: Path) -> bool:
+    """Return whether both are there, and the page was written later: a finished job was started again."""
     return page.exists() and result.exists() and page.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
 
@@ -232,13 +234,6 @@ def _pairs(summary: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str
     return [(s, high[s["task"], s["arm"]]) for s in low]
 
 
-def with_interval(cell: dict[str, Any]) -> str:
-    """Return an accuracy and its 95% interval in percent, and how it stands against the paper's."""
-    low, high = cell["accuracy_ci95"]
-    mark = {"above": " ▲", "below": " ▼"}.get(cell.get("against_paper") or "", "")
-    return f"{100 * cell['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]{mark}"
-
-
 def _baseline_rows(baselines: dict[str, Any], with_paper: bool) -> list[list[str]]:
     rows = []
     for name, found in baselines.items():
@@ -326,45 +321,3 @@ def printable(text: str, length: int) -> str:
     """Cut a name, UTF-8 or not, to what a picture can show. It may hold `$`, so show it with parse_math off."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
-
-
-def add_embeddings(page: Page, maps: Sequence[tuple[str, np.ndarray, list[str]]]) -> None:
-    """Add maps of embeddings, two in a row: (title, points_R2, class of each point)."""
-    columns, rows = min(2, len(maps)), math.ceil(len(maps) / 2)
-    figure = Figure(figsize=(5.4 * columns, 4.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for ax, (title, points_R2, classes) in zip(axes.flat, maps, strict=False):
-        for number, name in enumerate(sorted(set(classes))):
-            own = np.array([found == name for found in classes])
-            marker = "os^vD"[number // 10 % 5]
-            ax.scatter(*points_R2[own].T, s=14, color=f"C{number % 10}", marker=marker, label=printable(name, 20))
-        ax.set_title(title, fontsize=10)
-        ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    page.picture("embeddings", figure, "embeddings of recordings by the pretrained encoders, laid out by t-SNE")
-
-
-def write_table1_report(
-    folder_url: str, table: dict[str, Any], paper: dict[str, Any], maps: Callable[[], Sequence[Any]]
-) -> None:
-    """Write `table1.html`: the table beside the paper's, confusion matrices, and maps of embeddings.
-
-    `maps` is called if there is a page to write; what it returns is what `add_embeddings` takes.
-    """
-    folder = storage.local_path(folder_url)
-    if _is_newer(folder / "table1.html", folder / "table1.json"):
-        return  # a finished table that was asked for again
-    page = Page("Table 1", folder_url, "table1.html")
-    add_table(page, table, paper, table["baselines"])
-    page.heading("Confusion matrices")
-    add_confusions(page, table)
-    drawn = maps()
-    if drawn:
-        page.heading("Embeddings")
-        page.text(
-            "Recordings by the mean over frames of the pretrained encoder, which saw no label, laid out by t-SNE: what lies "
-            "together is alike to it; distances between groups mean little."
-        )
-        add_embeddings(page, drawn)
-    say(f"report: {page.write()}")

@@ -12,9 +12,10 @@ import numpy as np
 
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
 from megascale.downstream import baselines
+from megascale.downstream.cells import LabelledTokens
+from megascale.downstream.intervals import interval
 from megascale.downstream.protocols import SPLITS, classes_of, split_clips, taking_part
 from megascale.downstream.scores import score
-from megascale.downstream.table1 import LabelledTokens, interval
 from megascale.errors import DataError
 from megascale.log import Progress
 from megascale.tokenize import audio

@@ -9,8 +9,8 @@ from sklearn.manifold import TSNE
 
 from megascale import seeding
 from megascale.data.index import read_clips, read_manifest
+from megascale.downstream.cells import LabelledTokens
 from megascale.downstream.protocols import taking_part
-from megascale.downstream.table1 import LabelledTokens
 from megascale.export import embed_clips, load_model
 from megascale.tokens import codebooks_for
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megascale.report import Page, printable, with_interval
+from megascale.downstream.intervals import with_interval
+from megascale.report import Page, printable
 
 
 def write_watch_report(folder_url: str, curve: dict[str, Any]) -> None:

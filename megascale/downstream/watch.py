@@ -15,10 +15,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from megascale import run_folder, storage
-from megascale.cluster import check_stays, start_ray
+from megascale.cluster import check_stays
 from megascale.config import Section, validate
+from megascale.downstream.intervals import interval
+from megascale.downstream.pool import CellJob, Pool
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import CellJob, interval, one_thread_on_cpus
 from megascale.errors import ConfigError, MegascaleError
 from megascale.log import say
 from megascale.model.config import ModelConfig
@@ -119,7 +120,8 @@ def run(config: WatchConfig, job: CellJob, report: Callable[[Curve], None]) -> C
     describe_plan(config, job)
     with run_folder.lock(path):
         run_folder.write_config(path, config)
-        return _Watch(config, path, job, report).follow()
+        with StopSignal() as stop, Pool[Key](job, config.gpus_each) as pool:
+            return _Watch(config, path, job, report, pool, stop).follow()
 
 
 @dataclass
@@ -128,34 +130,23 @@ class _Watch:
     path: Path
     job: CellJob
     report: Callable[[Curve], None]
+    pool: Pool[Key]
+    stop: StopSignal
 
     def __post_init__(self) -> None:
         self._results: dict[Key, dict[str, Any]] = {}
-        self._waiting: dict[Any, Key] = {}
         self._known: set[int] = set()
 
     def follow(self) -> Curve:
-        ray = start_ray()
-        self._train = ray.remote(one_thread_on_cpus).options(num_cpus=1, num_gpus=self.config.gpus_each)
-        with StopSignal() as stop:
-            try:
-                while True:
-                    over = not self.config.follow or storage.exists(storage.join(self.config.run, run_folder.RESULT))
-                    grew = self._begin_new()  # after that, so that a run's last checkpoint is seen
-                    grew |= self._collect(ray)
-                    if grew:
-                        self._write()
-                    if over and not self._waiting:
-                        break
-                    self._pause(stop, ray)
-            except ray.exceptions.RayTaskError as failure:
-                if isinstance(failure.cause, MegascaleError):
-                    raise failure.cause from None
-                raise
-            finally:
-                for unfinished in self._waiting:
-                    ray.cancel(unfinished, force=True)
-        return self._curve()
+        while True:
+            over = not self.config.follow or storage.exists(storage.join(self.config.run, run_folder.RESULT))
+            grew = self._begin_new()  # after that, so that a run's last checkpoint is seen
+            grew |= self._collect()
+            if grew:
+                self._write()
+            if over and not self.pool:
+                return self._curve()
+            self._pause()
 
     def _begin_new(self) -> bool:
         """Start the classifiers of checkpoints that were not there before; return whether finished ones were found."""
@@ -189,28 +180,26 @@ class _Watch:
             run_folder.check_config(folder, config, "finetune", ("storage.",))
             finished = run_folder.read_result(folder)
             if finished is None:
-                self._waiting[self._train.remote(self.job.run, config)] = key
+                self.pool.begin(key, config)
             else:
                 self._results[key], found = finished, True
         return found
 
-    def _collect(self, ray: Any) -> bool:
-        done = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)[0] if self._waiting else []
-        for finished in done:
-            key = self._waiting.pop(finished)
-            self._results[key] = ray.get(finished)
-            step, task, seed = key
+    def _collect(self) -> bool:
+        finished = self.pool.take()
+        for (step, task, seed), result in finished.items():
             what = "from scratch" if step == SCRATCH else f"step {step}"
-            say(f"{what}, {task}, seed {seed}: accuracy {self._results[key]['accuracy']:.3f}")
-        return bool(done)
+            say(f"{what}, {task}, seed {seed}: accuracy {result['accuracy']:.3f}")
+        self._results |= finished
+        return bool(finished)
 
-    def _pause(self, stop: StopSignal, ray: Any) -> None:
+    def _pause(self) -> None:
         until = time.monotonic() + self.config.poll_seconds
         while time.monotonic() < until:
-            stop.check()
-            if self._waiting and ray.wait(list(self._waiting), timeout=0.5)[0]:
+            self.stop.check()
+            if self.pool.wait(0.5):
                 return
-            if not self._waiting:
+            if not self.pool:
                 time.sleep(0.5)
 
     def _curve(self) -> Curve:
@@ -229,7 +218,7 @@ class _Watch:
                     "count": found[0]["count"],
                 }
             )
-        return {"run": self.config.run, "arm": self.config.arm, "points": points, "waiting": len(self._waiting)}
+        return {"run": self.config.run, "arm": self.config.arm, "points": points, "waiting": len(self.pool)}
 
     def _write(self) -> None:
         curve = self._curve()

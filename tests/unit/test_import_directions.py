@@ -25,6 +25,7 @@ LEVELS = (
         "quickstart_report",
         "table_baselines",
         "table_embeddings",
+        "table_page",
         "tokenize_report",
         "watch_page",
         "hear",
@@ -54,8 +55,8 @@ LEVELS = (
     ),
 )
 ROWS = (0, 3)
-# of downstream/: splits and scores, which fine-tuning and the table share; in LEVELS they are `protocols`
-PROTOCOLS = (["protocols"], ["split_lists"], ["split_check"], ["scores"])
+# of downstream/: splits and scores, which fine-tuning, the table and pages share; in LEVELS they are `protocols`
+PROTOCOLS = (["protocols"], ["split_lists"], ["split_check"], ["scores"], ["intervals"])
 ALSO_ALLOWED = {("protocols", "data")}  # splits and scores are about stored clips
 ONLY_IMPORTERS = {
     "deepspeed": {"megascale/train/engine.py"},
@@ -156,6 +157,7 @@ def test_imports_point_down_only():
         ("megascale/downstream/scores.py", "from megascale.downstream.table1 import run"),
         ("megascale/downstream/split_check.py", "from megascale.train.loop import fit"),
         ("megascale/data/index.py", "from megascale.downstream.scores import score"),
+        ("megascale/downstream/intervals.py", "from megascale.downstream.table import choose"),
         ("megascale/report.py", "from megascale.cli import pretrain"),
         ("megascale/config.py", "from megascale.storage import join"),
         ("megascale/corpora.py", "from megascale import seeding"),

@@ -17,7 +17,8 @@ from matplotlib.image import imread
 
 from megascale import report
 from megascale.downstream.scores import score
-from megascale.downstream.table1 import ARMS, BITRATES_KBPS, PAPER
+from megascale.downstream.table import PAPER
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
 from megascale.log import read_metrics
 
 NASTY = '<script src="http://evil">alert(1)</script> & "quotes" $x_1_2$ a$b^^$.wav'
@@ -185,13 +186,6 @@ def test_table_without_the_papers_figures_has_no_column_for_them(tmp_path):
     header, *rows = Reader(page.write()).rows
     assert "paper" not in " ".join(header)
     assert [len(row) for row in rows] == [len(header)] * len(ARMS)
-
-
-def test_table1_report_is_table1_html(tmp_path):
-    classes = [f"class {i % 12}" for i in range(60)]
-    maps = [("gtzan, 1.5 kbps", np.random.default_rng(0).normal(size=(60, 2)), classes)]
-    report.write_table1_report(str(tmp_path), table(("gtzan",)), PAPER, lambda: maps)
-    assert {path.name for path in tmp_path.iterdir()} == {"table1.html", "confusion-gtzan.png", "embeddings.png"}
 
 
 def test_numbers_that_are_not_finite_are_shown_and_break_nothing(tmp_path):

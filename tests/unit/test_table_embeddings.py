@@ -3,8 +3,8 @@
 import numpy as np
 from support import write_paced_tokens, write_pretrained
 
+from megascale.downstream.cells import LabelledTokens
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import LabelledTokens
 from megascale.table_embeddings import embedding_maps
 
 

@@ -9,7 +9,7 @@ from support import write_paced_tokens, write_pretrained
 
 from megascale.config import validate
 from megascale.downstream import watch
-from megascale.downstream.table1 import CellJob
+from megascale.downstream.pool import CellJob
 from megascale.tasks import finetune
 from megascale.train import checkpoint
 

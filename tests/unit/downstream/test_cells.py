@@ -1,0 +1,88 @@
+"""A table's cells: a fair fight between the arms."""
+
+import itertools
+import json
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from tables import BUDGET, CHECKPOINTS, LRS, PAPERS, ROWS
+
+from megascale.config import validate
+from megascale.downstream.cells import _finetune_tree, cells_of
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, Table1Config
+from megascale.errors import ConfigError
+from megascale.tasks.finetune import FinetuneConfig
+
+
+def trees(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
+    return [_finetune_tree(cell, PAPERS, BUDGET, "out") for cell in cells_of(ROWS, PAPERS, seeds, BUDGET)]
+
+
+def test_every_arm_and_bitrate_gets_the_same_rates_and_seeds():
+    tried = defaultdict(list)
+    for tree in trees():
+        tried[tree["data"]["url"], tree["arm"], tree["data"]["bitrate_kbps"]].append(
+            (tree["seed"], tree["optim"]["lr"])
+        )
+    assert tried.keys() == set(itertools.product(("tokens/gtzan", "tokens/nsynth"), ARMS, BITRATES_KBPS))
+    assert {tuple(runs) for runs in tried.values()} == {tuple(itertools.product((0, 1), LRS))}
+
+
+def test_cells_of_a_task_differ_in_nothing_but_arm_bitrate_seed_and_rate():
+    for tokens, task in (("tokens/gtzan", "genre"), ("tokens/nsynth", "instrument_family_str")):
+        rest = []
+        for tree in trees():
+            if tree["data"]["url"] == tokens:
+                assert tree["task"]["label"] == task
+                assert tree["checkpoint"] == CHECKPOINTS[tree["data"]["bitrate_kbps"]]
+                config = validate(FinetuneConfig, "finetune", tree).model_dump()
+                for key in ("arm", "seed", "checkpoint", "output"):
+                    del config[key]
+                del config["data"]["bitrate_kbps"], config["optim"]["lr"]
+                rest.append(config)
+        assert all(config == rest[0] for config in rest)
+        assert (rest[0]["train"]["epochs"], rest[0]["drop"]["p"], rest[0]["optim"]["clip_norm"]) == (3, 0.5, 2.0)
+
+
+def test_every_cell_has_a_folder_of_its_own_below_the_output():
+    urls = [tree["output"]["url"] for tree in trees()]
+    assert len(set(urls)) == len(urls) == 2 * 3 * 2 * 2 * 3
+    assert all(url.startswith("out/cells/") for url in urls)
+
+
+def test_budget_is_not_changed_by_making_cells():
+    before = json.dumps(BUDGET.model_dump())
+    trees()
+    assert json.dumps(BUDGET.model_dump()) == before
+
+
+@pytest.mark.parametrize("repeated", [{"seeds": [0, 0]}, {"cells": {"lrs": [1e-4, 0.0001]}}])
+def test_seed_or_rate_named_twice_is_refused(repeated):
+    tree = {
+        "data": {"gtzan": "a", "nsynth": "b", "music_speech": "c"},
+        "checkpoints": {"1k5": "d", "12k": "e"},
+        "output": {"url": "out"},
+    }
+    assert validate(Table1Config, "table1", tree).cells.lrs
+    with pytest.raises(ConfigError, match="must not repeat a value"):
+        validate(Table1Config, "table1", tree | repeated)
+
+
+def test_further_arm_is_fine_tuned_from_checkpoints_of_its_own():
+    arms = PAPERS | {"spans": ("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
+    cells = cells_of(ROWS[:1], arms, (0,), BUDGET)
+    trees = {(c.arm, c.bitrate_kbps): _finetune_tree(c, arms, BUDGET, "out") for c in cells}
+    assert {tree["output"]["url"] for tree in trees.values()} == {
+        f"out/cells/gtzan-{kbps:g}kbps-{arm}-seed0-lr0.001" for arm in arms for kbps in BITRATES_KBPS
+    }
+    assert (trees["spans", 12.0]["arm"], trees["spans", 12.0]["checkpoint"]) == ("ft_aug", "spans-12k")
+    assert (trees["ft", 1.5]["arm"], trees["ft", 1.5]["checkpoint"]) == ("ft", "run-1k5")
+
+
+@pytest.mark.parametrize("name", ["ft", "a b", "a/b"])
+def test_further_arm_needs_a_name_of_its_own_that_a_folder_can_have(name):
+    tree = {"data": dict.fromkeys(("gtzan", "nsynth", "music_speech"), "t"), "output": {"url": "o"}}
+    tree |= {"checkpoints": {"1k5": "a", "12k": "b"}, "further": {name: {"1k5": "a", "12k": "b"}}}
+    with pytest.raises(ConfigError, match=f"further.{name}: a name of letters"):
+        validate(Table1Config, "table1", tree)
