@@ -4,6 +4,7 @@ scored, beside classifiers that were trained from scratch.
 A checkpoint's model is copied as soon as it is seen, so that it may be pruned while its classifiers wait for a GPU.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def describe_plan(config: WatchConfig, job: CellJob) -> str:
 
 
 def run(config: WatchConfig, job: CellJob, report: Callable[[Curve], None]) -> Curve:
-    """Evaluate checkpoints as they come; finished classifiers are not trained again.
+    """Evaluate checkpoints as they come; finished classifiers are not trained again, and a finished curve is not drawn again.
 
     Args:
         config: the job.
@@ -117,6 +118,10 @@ def run(config: WatchConfig, job: CellJob, report: Callable[[Curve], None]) -> C
     check_stays(config.output.url, "watch.output.url")
     path = storage.local_path(config.output.url)
     run_folder.check_config(path, config, "watch", ("storage.", "poll_seconds", "follow", "gpus_each"))
+    finished = _finished(config, path)
+    if finished is not None:
+        say(f"{path / CURVE}: already done")
+        return finished
     describe_plan(config, job)
     with run_folder.lock(path):
         run_folder.write_config(path, config)
@@ -139,7 +144,7 @@ class _Watch:
 
     def follow(self) -> Curve:
         while True:
-            over = not self.config.follow or storage.exists(storage.join(self.config.run, run_folder.RESULT))
+            over = _is_over(self.config)
             grew = self._begin_new()  # after that, so that a run's last checkpoint is seen
             grew |= self._collect()
             if grew:
@@ -151,9 +156,7 @@ class _Watch:
     def _begin_new(self) -> bool:
         """Start the classifiers of checkpoints that were not there before; return whether finished ones were found."""
         grew = False
-        # what an earlier start copied may be pruned by now
-        copies = {int(path.parent.name): path.parent for path in sorted(self.path.glob(f"{_COPIES}/*/config.json"))}
-        for step, url in sorted((dict.fromkeys(copies, "") | _committed(self.config)).items()):
+        for step, url in sorted((dict.fromkeys(_copied(self.path), "") | _committed(self.config)).items()):
             if step in self._known:
                 continue
             copy = self.path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one
@@ -222,8 +225,35 @@ class _Watch:
 
     def _write(self) -> None:
         curve = self._curve()
-        storage.publish_bytes(str(self.path / CURVE), json.dumps(curve, indent=1).encode())
         self.report(curve)
+        # last: it says that all is done, once nothing waits
+        storage.publish_bytes(str(self.path / CURVE), json.dumps(curve, indent=1).encode())
+
+
+def _finished(config: WatchConfig, path: Path) -> Curve | None:
+    """Return the curve if nothing can be added to it: the run is over, and every classifier of it is there."""
+    curve = run_folder.read_result(path, CURVE)
+    if curve is None or curve["waiting"] or not _is_over(config):
+        return None
+    steps = {SCRATCH, *_committed(config), *_copied(path)}
+    if {SCRATCH if point["step"] is None else point["step"] for point in curve["points"]} != steps:
+        return None
+    runs = [_run_url(config, *key) for key in itertools.product(steps, config.tasks, config.seeds)]
+    return curve if all(storage.exists(storage.join(url, run_folder.RESULT)) for url in runs) else None
+
+
+def _is_over(config: WatchConfig) -> bool:
+    return not config.follow or storage.exists(storage.join(config.run, run_folder.RESULT))
+
+
+def _run_url(config: WatchConfig, step: int, task: str, seed: int) -> str:
+    name = "scratch" if step == SCRATCH else f"step-{step:08d}"
+    return storage.join(config.output.url, "runs", f"{name}-{task}-seed{seed}")
+
+
+def _copied(path: Path) -> list[int]:
+    """Return the steps whose models an earlier start copied; their checkpoints may be pruned by now."""
+    return sorted(int(copy.parent.name) for copy in path.glob(f"{_COPIES}/*/config.json"))
 
 
 def _committed(config: WatchConfig) -> dict[int, str]:
@@ -241,7 +271,6 @@ def _copy_model(url: str, folder: Path) -> None:
 def _configs(config: WatchConfig, step: int, checkpoint: str, job: CellJob) -> list[tuple[Any, Key]]:
     """Return the configs of one checkpoint's classifiers, or of those from scratch."""
     _, facts = read_model(checkpoint, keep=True)
-    name = "scratch" if step == SCRATCH else f"step-{step:08d}"
     configs = []
     for task, labelled in config.tasks.items():
         for seed in config.seeds:
@@ -251,10 +280,7 @@ def _configs(config: WatchConfig, step: int, checkpoint: str, job: CellJob) -> l
                 "arm": "scratch" if step == SCRATCH else config.arm,
                 "checkpoint": None if step == SCRATCH else checkpoint,
                 "model": ModelConfig(**facts["model"]).model_dump(),
-                "output": {
-                    "url": storage.join(config.output.url, "runs", f"{name}-{task}-seed{seed}"),
-                    "save_model": False,
-                },
+                "output": {"url": _run_url(config, step, task, seed), "save_model": False},
                 "storage": config.storage.model_dump(),
                 "seed": seed,
             }

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import command, run
+from conftest import ENVIRONMENT, command, run
 
 LEARN = ["train.steps=8", "train.validate_every=2", "checkpoint.every=2", "checkpoint.keep_every=2"]
 
@@ -60,6 +60,16 @@ def test_only_what_is_missing_is_trained_and_checkpoints_may_be_gone_by_then(fin
     run(watch(mine, tokens, output, "every=4", "follow=false"))
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {lost}
     assert steps(output) == [None, 4, 8]
+
+
+def test_finished_watch_says_so_and_touches_nothing(finished, tokens, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    run(watch(finished, tokens, output, "every=8"))
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    monkeypatch.setitem(ENVIRONMENT, "RAY_ADDRESS", "127.0.0.1:1")  # where there is no Ray to join
+    printed = run(watch(finished, tokens, output, "every=8"))
+    assert f"{output / 'watch.json'}: already done\n1 checkpoints evaluated" in printed
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_what_cannot_be_watched_is_one_line(finished, tokens, tmp_path):
