@@ -38,7 +38,12 @@ class TaskConfig(Section):
         description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below; "
         "folds: cross-validation; lists: files that name them",
     )
-    valid_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that chooses the model")
+    valid_share: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="stratified, or official with data.test_url: share of each class that chooses the model",
+    )
     test_share: float = Field(0.1, gt=0, lt=1, description="stratified: share of each class that is tested")
     folds: int = Field(10, ge=3, description="folds: number of stratified parts, which the seed draws")
     fold: int = Field(0, ge=0, description="folds: the part that is tested; the next one chooses the model")
@@ -125,10 +130,18 @@ def targets_of(clips: Sequence[StoredClip], classes: list[str], config: TaskConf
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
-def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int) -> Splits:
+def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int, num_apart: int = 0) -> Splits:
     """Split clips by protocol. Which side a recording lies on doesn't depend on the order of the clips.
 
     Where clips have several labels, a recording counts for its rarest one when parts of equal make-up are drawn.
+
+    Args:
+        clips: of one token folder; those of the test split's own folder, if it has one, at the end.
+        config: the protocol.
+        seed: fixes what is drawn.
+        num_apart: how many clips are of the test split's own folder (protocol official); another recording may have a
+            name there that one has in the first. Where no other clip is its corpus's for validation, `valid_share` of
+            each class is.
 
     Returns:
         `train`, `valid` and `test`: positions in `clips`.
@@ -138,18 +151,21 @@ def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int) -> S
             too few recordings to be divided, or a list contradicts another or fits several recordings.
         StorageError: a list cannot be read.
     """
-    carried = [values_of(clip, config) for clip in clips]
-    told: Sequence[object] = [values[0] for values in carried] if config.kind == "single" else carried
-    _one_each(clips, told, f"labelled ({config.label})")
+    own, apart = clips[: len(clips) - num_apart], clips[len(clips) - num_apart :]
+    values_of_recording = _labelled(own, config)
+    _labelled(apart, config)
     if config.protocol == "official":
-        side = _one_each(clips, [clip.split for clip in clips], "in the splits")
+        side = _one_each(own, [clip.split for clip in own], "in the splits")
+        if apart and "valid" not in side.values():
+            free = {name: values for name, values in values_of_recording.items() if side[name] in (None, "train")}
+            side |= dict(_drawn(free, config, seed))
     elif config.protocol == "lists":
-        side_of_source, _ = match_lists(config.lists, {clip.source for clip in clips})
-        side = _one_each(clips, [side_of_source.get(clip.source) for clip in clips], "in the lists of")
+        side_of_source, _ = match_lists(config.lists, {clip.source for clip in own})
+        side = _one_each(own, [side_of_source.get(clip.source) for clip in own], "in the lists of")
     else:
-        values_of_recording = dict(zip([clip.recording for clip in clips], carried, strict=True))
         side = dict(_drawn(values_of_recording, config, seed))
-    splits = {name: [i for i, clip in enumerate(clips) if side[clip.recording] == name] for name in SPLITS}
+    splits = {name: [i for i, clip in enumerate(own) if side[clip.recording] == name] for name in SPLITS}
+    splits["test"] += range(len(own), len(clips))
     for name, members in splits.items():
         if not members:
             known = ", ".join(sorted({clip.split for clip in clips if clip.split})) or "none"
@@ -159,6 +175,14 @@ def split_clips(clips: Sequence[StoredClip], config: TaskConfig, seed: int) -> S
                 f"task.protocol={config.protocol}: the {name} split is empty ({len(clips)} clips in all){hint}"
             )
     return splits
+
+
+def _labelled(clips: Sequence[StoredClip], config: TaskConfig) -> dict[str, tuple[str, ...]]:
+    """Return the classes of each recording; its windows must agree."""
+    carried = [values_of(clip, config) for clip in clips]
+    told: Sequence[object] = [values[0] for values in carried] if config.kind == "single" else carried
+    _one_each(clips, told, f"labelled ({config.label})")
+    return {clip.recording: values for clip, values in zip(clips, carried, strict=True)}
 
 
 def _one_each(clips: Sequence[StoredClip], values: Sequence[T], what: str) -> dict[str, T]:
@@ -194,6 +218,8 @@ def _places(count: int, config: TaskConfig, rng: np.random.Generator) -> Callabl
         return (lambda place: sides.get((first + place) % config.folds, "train")) if count >= 3 else None
     shares = _PAPER_SHARES if config.protocol == "paper" else (config.valid_share, config.test_share)
     valid, test = (max(1, round(share * count)) for share in shares)
+    if config.protocol == "official":  # which has its test clips elsewhere
+        test = 0
     if valid + test >= count:
         return None
     return lambda place: "valid" if place < valid else "test" if place < valid + test else "train"

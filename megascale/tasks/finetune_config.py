@@ -17,6 +17,11 @@ class FinetuneDataConfig(Section):
     """Which tokens."""
 
     url: str = Field(description="token folder of the labelled corpus")
+    test_url: str | None = Field(
+        None,
+        description="task.protocol=official: a second token folder, all of which is the test split; if url has no clips "
+        "for validation, task.valid_share of its training clips is drawn",
+    )
     bitrate_kbps: float = Field(1.5, description="must be the checkpoint's")
 
 
@@ -94,4 +99,10 @@ class FinetuneConfig(Section):
             raise ValueError(f"checkpoint is required for arm={self.arm}")
         if self.checkpoint is not None and self.model.init_from is not None:
             raise ValueError("checkpoint and model.init_from are two first weights; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _test_folder_is_used(self) -> "FinetuneConfig":
+        if self.data.test_url is not None and self.task.protocol != "official":
+            raise ValueError(f"data.test_url is for task.protocol=official; {self.task.protocol} divides data.url")
         return self

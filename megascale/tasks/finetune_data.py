@@ -4,7 +4,7 @@ B batch, T frames, Q codebooks, N clips, C classes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from megascale.data.loader import Batch, Row, collate
 from megascale.data.transforms import draw_drop_share, draw_kept_frames, draw_starts, removed_frames
 from megascale.downstream.protocols import Splits, classes_of, split_clips, taking_part, targets_of
 from megascale.downstream.split_check import check_split
-from megascale.errors import DataError
+from megascale.errors import DataError, TokenError
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tokens import FRAMES_PER_SECOND, codebooks_for
 
@@ -33,12 +33,29 @@ class LabelledClips:
 
 
 def open_manifest(config: FinetuneConfig) -> Manifest:
-    """Read the tokens' manifest. Raises DataError if there is none, or if they hold fewer codebooks than asked for."""
-    manifest = read_manifest(config.data.url)
+    """Read the tokens' manifest, and look at that of the test split's folder, if it has its own.
+
+    Raises:
+        DataError: there is none, or a folder holds fewer codebooks than asked for.
+        TokenError: the two folders were made by different codecs.
+    """
+    manifest = _manifest_at(config.data.url, config)
+    if config.data.test_url is not None:
+        theirs, ours = _manifest_at(config.data.test_url, config).codec.fingerprint, manifest.codec.fingerprint
+        if theirs != ours:
+            raise TokenError(
+                f"data.test_url={config.data.test_url}: holds tokens of codec {theirs[:8]}; {config.data.url} holds "
+                f"codec {ours[:8]}. Tokenise it with codec.weights= the other's codec"
+            )
+    return manifest
+
+
+def _manifest_at(url: str, config: FinetuneConfig) -> Manifest:
+    manifest = read_manifest(url)
     num_codebooks = codebooks_for(config.data.bitrate_kbps)
     if num_codebooks > manifest.codec.num_codebooks:
         raise DataError(
-            f"{config.data.url}: stored with {manifest.codec.num_codebooks} codebooks, "
+            f"{url}: stored with {manifest.codec.num_codebooks} codebooks, "
             f"data.bitrate_kbps={config.data.bitrate_kbps} needs {num_codebooks}"
         )
     return manifest
@@ -47,9 +64,14 @@ def open_manifest(config: FinetuneConfig) -> Manifest:
 def open_clips(config: FinetuneConfig) -> LabelledClips:
     """Read the labelled clips and divide them. Raises DataError, TokenError or StorageError on what cannot be used."""
     manifest = open_manifest(config)
-    stored = read_clips(config.data.url, manifest, codebooks_for(config.data.bitrate_kbps))
-    clips = taking_part(stored, config.task)
-    splits = split_clips(clips, config.task, config.seed)
+    num_codebooks = codebooks_for(config.data.bitrate_kbps)
+    clips, test_url = list(read_clips(config.data.url, manifest, num_codebooks)), config.data.test_url
+    if test_url is not None:
+        clips = [clip for clip in clips if clip.split != "test"]
+        clips += [replace(clip, split="test") for clip in read_clips(test_url, read_manifest(test_url), num_codebooks)]
+    clips = taking_part(clips, config.task)
+    num_apart = 0 if test_url is None else sum(clip.split == "test" for clip in clips)
+    splits = split_clips(clips, config.task, config.seed, num_apart)
     # a class of no split is not there to be learned
     classes = classes_of([clips[i] for members in splits.values() for i in members], config.task)
     return LabelledClips(manifest, clips, classes, splits, check_split(clips, splits, config.task))

@@ -123,19 +123,30 @@ def test_nsynth_by_family_and_by_pitch_on_its_official_splits(gtzan, tmp_path):
 
 
 def test_audioset_by_its_tags(gtzan, tmp_path):
-    ids = [f"{chr(97 + i)}_-{i:08d}" for i in range(24)]
-    rows = [f'{name}, {10 * i}.000, {10 * i + 10}.000, "{",".join(tags_of(i))}"' for i, name in enumerate(ids)]
-    header = ["# Segments csv created Sun Mar  5 10:54:31 2017", "# num_ytids=24", "# YTID, start_seconds, ..."]
-    (tmp_path / "eval_segments.csv").write_text("\n".join([*header, *rows]) + "\n")
-    for i, name in enumerate(ids[:-1]):  # one is not to be had any more
-        write_wav(tmp_path / "audio" / f"{name}.wav", i)
     source = ["source.kind=audioset", f"source.audio_url={tmp_path}/audio", same_codec(gtzan / "tokens")]
-    run(tokenize(tmp_path / "eval_segments.csv", tmp_path / "tokens", *source))
-    shares = ["task.valid_share=0.25", "task.test_share=0.25"]
-    result = finetune(tmp_path / "tokens", tmp_path / "run", "task.label=tags", "task.kind=multi", *shares)
-    assert result["classes"] == sorted(TAGS)
-    assert 0 < result["map"] <= 1 and np.isfinite(result["d_prime"] or 0.0)
-    assert sum(result["split_check"]["recordings"].values()) == 23
+    for name, first in (("balanced_train", 0), ("eval", 24)):
+        ids = [f"{chr(97 + i % 24)}_-{i:08d}" for i in range(first, first + 24)]
+        rows = [f'{name}, {10 * i}.000, {10 * i + 10}.000, "{",".join(tags_of(i))}"' for i, name in enumerate(ids)]
+        header = ["# Segments csv created Sun Mar  5 10:54:31 2017", "# num_ytids=24", "# YTID, start_seconds, ..."]
+        (tmp_path / f"{name}_segments.csv").write_text("\n".join([*header, *rows]) + "\n")
+        for i, youtube_id in enumerate(ids[:-1], start=first):  # one is not to be had any more
+            write_wav(tmp_path / "audio" / f"{youtube_id}.wav", i)
+        run(tokenize(tmp_path / f"{name}_segments.csv", tmp_path / name, *source))
+    tags = ["task.label=tags", "task.kind=multi", "task.valid_share=0.25", "task.test_share=0.25"]
+    divided = finetune(tmp_path / "eval", tmp_path / "divided", *tags)
+    official = finetune(
+        tmp_path / "balanced_train",
+        tmp_path / "official",
+        *tags,
+        "task.protocol=official",
+        f"data.test_url={tmp_path}/eval",
+    )
+    for result in (divided, official):
+        assert result["classes"] == sorted(TAGS)
+        assert 0 < result["map"] <= 1 and np.isfinite(result["d_prime"] or 0.0)
+    assert sum(divided["split_check"]["recordings"].values()) == 23
+    assert official["split_check"]["recordings"]["test"] == official["count"] == 23
+    assert sum(official["split_check"]["recordings"].values()) == 46
 
 
 def tags_of(number: int) -> list[str]:

@@ -145,6 +145,24 @@ def test_official_recording_on_two_sides_is_refused():
     assert message(clips, OFFICIAL) == "a.wav: windows of recording 'a' are in the splits 'train' and 'test'"
 
 
+def test_test_split_may_be_a_folder_of_its_own_and_validation_is_then_drawn_where_there_is_none():
+    config = OFFICIAL.model_copy(update={"valid_share": 0.25})
+    own, apart = corpus({"rock": 20, "jazz": 8}, windows=2), corpus({"rock": 3, "jazz": 3})
+    splits = split_clips([*own, *apart], config, seed=0, num_apart=len(apart))
+    assert splits["test"] == list(range(len(own), len(own) + len(apart)))
+    assert sorted(splits["train"] + splits["valid"]) == list(range(len(own)))
+    assert Counter(own[i].labels["genre"] for i in splits["valid"]) == {"rock": 10, "jazz": 4}  # two windows each
+    assert {own[i].recording for i in splits["train"]}.isdisjoint(own[i].recording for i in splits["valid"])
+    assert split_clips([*own, *apart], config, seed=1, num_apart=len(apart)) != splits
+
+
+def test_corpus_with_clips_for_validation_keeps_them_where_the_test_split_is_a_folder_of_its_own():
+    own = [clip("a", split="train"), clip("b", split="valid"), clip("c", split="dev"), clip("d", split="train")]
+    # a name that the first folder has, too, with another class: it may be another recording
+    splits = split_clips([*own, clip("a", "jazz")], OFFICIAL, seed=0, num_apart=1)
+    assert splits == {"train": [0, 3], "valid": [1], "test": [4]}
+
+
 @pytest.mark.parametrize("config", [PAPER, OFFICIAL])
 def test_recording_of_two_classes_is_refused(config):
     clips = [*corpus({"rock": 10, "jazz": 10}), clip("rock-003", "jazz", window=1)]

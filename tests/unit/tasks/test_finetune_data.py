@@ -85,6 +85,18 @@ def test_scoring_sees_each_clip_once_and_whole(tokens):
     assert sorted(seen) == data.splits["test"]
 
 
+def test_second_folder_is_the_test_split_and_leaks_are_looked_for_across_both(tokens, tmp_path):
+    """The first folder's own 10 test clips are in no split; the second repeats its clips 0 to 9, of which 2 are test clips."""
+    write_token_folder(tmp_path / "other", 10, frames=FRAMES[:10])
+    data = open_clips(config_of(tokens, data={"url": str(tokens), "test_url": str(tmp_path / "other")}))
+    assert {name: len(members) for name, members in data.splits.items()} == {"train": 20, "valid": 10, "test": 10}
+    assert [data.clips[i].key for i in data.splits["test"]] == [f"clip-{i:04d}" for i in range(10)]
+    found = data.split_check
+    assert found["recordings"] == {"train": 20, "valid": 10, "test": 10}
+    assert found["recordings_on_two_sides"]["train-test"] == 6 and found["recordings_on_two_sides"]["valid-test"] == 2
+    assert found["equal_codes_on_two_sides"]["train-test"] == 6
+
+
 def test_missing_list_is_told_before_a_clip_is_read(tokens, tmp_path):
     """The table checks so, before it starts anything."""
     urls = {side: str(tmp_path / f"{side}.txt") for side in ("train", "valid", "test")}

@@ -17,6 +17,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with tokens of several kinds and an encoder; 8 clips in turn lie on train x 4, valid x 2, test x 2."""
     write_token_folder(tmp_path / "tokens", 40, num_codebooks=4)
     write_token_folder(tmp_path / "other-codec", 40, fingerprint="cd" * 32)
+    write_token_folder(tmp_path / "one-codebook", 40, num_codebooks=1)
     write_token_folder(tmp_path / "tags", 40, labels=lambda i: {"class": [("low", "high")[i % 2]]})
     write_token_folder(tmp_path / "one-class", 40, labels=lambda i: {"class": "low"})
     # the last test clip alone is of a third class, and all that validates is of one
@@ -60,6 +61,19 @@ OFFICIAL = "task.protocol=official"
             "DataError: task.label=class: all 10 clips of the valid split are of 'a'",
         ),
         (f"task.group=artist {OFFICIAL}", "DataError: task.group=artist: no clip has this label"),
+        (
+            f"data.test_url=other-codec {OFFICIAL}",
+            "TokenError: data.test_url=other-codec: holds tokens of codec cdcdcdcd; tokens holds codec abababab. ",
+        ),
+        (
+            f"data.test_url=one-codebook {OFFICIAL}",
+            "DataError: one-codebook: stored with 1 codebooks, data.bitrate_kbps=1.5 needs 2",
+        ),
+        (f"data.test_url=gone {OFFICIAL}", "DataError: gone: no manifest.json; not a token folder, or"),
+        (
+            "data.test_url=tokens",
+            "ConfigError: finetune: data.test_url is for task.protocol=official; stratified divides data.url",
+        ),
         ("task.protocol=lists", "ConfigError: finetune.task: lists.train is required for protocol=lists"),
         (
             "task.protocol=lists task.lists={train: a.txt, valid: b.txt, test: c.txt}",
