@@ -52,18 +52,19 @@ def write_token_folder(
     codes: np.ndarray | None = None,
     clips_per_recording: int = 1,
     labels: Callable[[int], dict[str, object]] = lambda i: {"class": ("low", "high")[i % 2]},
+    audio: str = "/nowhere",
 ) -> list[np.ndarray]:
     """Write a committed token folder of two classes and three splits; return each clip's codes_QT in order.
 
     Codes are random, or `codes` (num_clips, Q, T); `frames` may be each clip's own.
-    Clip i is labelled `class` = low or high by i % 2, or as `labels` says.
+    Clip i is labelled `class` = low or high by i % 2, or as `labels` says, and its audio is said to lie at `audio`/000i.wav.
     """
     rng = np.random.default_rng(7)
     lengths = [frames] * num_clips if isinstance(frames, int) else list(frames)
     clips = [
         Clip(
             key=f"clip-{i:04d}",
-            url=f"/nowhere/{i:04d}.wav",
+            url=f"{audio}/{i:04d}.wav",
             source=f"{i:04d}.wav",
             recording=f"recording-{i // clips_per_recording:04d}",
             start_seconds=0.0,
@@ -89,7 +90,7 @@ def write_token_folder(
         shards.append(ShardFacts(name=index.shard, clips=len(index.clips), sha256=index.sha256, size=index.size))
     manifest = Manifest(
         codec=CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=num_codebooks),
-        source={"kind": "files", "url": "/nowhere"},
+        source={"kind": "files", "url": audio},
         cut={"seconds": None},
         environment={},
         shards=shards,

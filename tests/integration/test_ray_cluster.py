@@ -1,4 +1,4 @@
-"""The one script on a real Ray cluster of two nodes on this machine: `ray job submit`, `ray submit`, `ray job stop`.
+"""Tokenization and the table on a real Ray cluster of two nodes here: `ray job submit`, `ray submit`, `ray job stop`.
 
 The nodes' Python has every dependency and no megascale, as on a cluster where nobody installed it.
 """
@@ -26,6 +26,7 @@ import yaml
 from conftest import ENVIRONMENT, ROOT, run
 from ray.autoscaler._private.util import prepare_config, validate_config
 from support import write_tones
+from test_table1_job import write_inputs
 from test_tokenize import SMOKE, hashes, same_codec, tokenize
 
 from megascale.ports import free_port
@@ -52,10 +53,12 @@ class Cluster:
         assert done.returncode == exit_code, f"exit code {done.returncode}, expected {exit_code}:\n{printed[-3000:]}"
         return done.stdout if "--format=json" in arguments else printed
 
-    def submit(self, job: str, *arguments: str, wait: bool = True, exit_code: int = 0) -> str:
-        """Submit the script as the README says; return the job's log."""
+    def submit(
+        self, job: str, *arguments: str, script: str = "tokenize_audio.py", wait: bool = True, exit_code: int = 0
+    ) -> str:
+        """Submit a script as the README says; return the job's log."""
         line = ["job", "submit", "--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", ".", "--"]
-        return self.ray(*line, "python", "launch/tokenize_audio.py", *arguments, exit_code=exit_code)
+        return self.ray(*line, "python", f"launch/{script}", *arguments, exit_code=exit_code)
 
     def processes(self) -> list[psutil.Process]:
         """Return every process of the nodes that still run."""
@@ -184,6 +187,27 @@ def test_bad_input_fails_the_job_with_its_one_line(cluster, local, tmp_path):
     assert "\nConfigError: tokenize.output.url=runs/out: lies in Ray's copy of the working directory" in printed
     assert "Traceback" not in printed
     assert "failed with exit code 2" in cluster.ray("job", "status", "bad")
+
+
+def test_submitted_table_spreads_its_cells_over_the_nodes_and_is_made_once(cluster, tmp_path):
+    line = ["configs/table1/smoke.yaml", *write_inputs(tmp_path)]
+    lost = cluster.submit("lost", *line, "output.url=runs/table1", script="table1.py", exit_code=1)
+    assert "\nConfigError: table1.output.url=runs/table1: lies in Ray's copy of the working directory" in lost
+    assert "failed with exit code 2" in cluster.ray("job", "status", "lost")
+
+    line.append(f"output.url={tmp_path / 'out'}")
+    printed = cluster.submit("table", *line, script="table1.py")
+    assert "18/18 runs" in printed and "Job 'table' succeeded" in printed
+    table = json.loads((tmp_path / "out" / "table1.json").read_text())
+    assert len(table["summary"]) == 18 and all(len(found) == 4 for found in table["baselines"].values())
+    assert (tmp_path / "out" / "table1.html").exists()
+    cells = json.loads(
+        cluster.ray("list", "tasks", "--detail", "--format=json", "--limit=1000", "--filter=name=_one_thread_on_cpus")
+    )
+    assert len(cells) == 18 and len({cell["node_id"] for cell in cells}) == 2
+    assert f"{tmp_path / 'out' / 'table1.json'}: already done" in cluster.submit(
+        "table-again", *line, script="table1.py"
+    )
 
 
 def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_path):

@@ -5,18 +5,28 @@ import re
 from pathlib import Path
 
 import pytest
+import soundfile
 from conftest import ENVIRONMENT, command, run
 from fault_proxy import FaultProxy
 from s3_servers import keys_in_environment, moto
-from support import write_paced_tokens, write_pretrained
+from support import tone, write_paced_tokens, write_pretrained
 
+from megascale.table_baselines import CHANCE, LOG_MEL, bag_of_codes
 from megascale.train import checkpoint
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_paced_tokens(folder / "tokens", 40)
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """Write tokens of two classes with their audio, and two tiny encoders; return what tells the table of them."""
+    (folder / "audio").mkdir()
+    for i in range(40):
+        path, pitch_hz = folder / "audio" / f"{i:04d}.wav", (150, 1500)[i % 2] * (1 + 0.01 * i)
+        soundfile.write(path, tone(1.0, 24_000, pitch_hz, seed=i), 24_000, subtype="PCM_16")
+    write_paced_tokens(folder / "tokens", 40, audio=str(folder / "audio"))
     for num_codebooks in (2, 16):
         write_pretrained(folder / f"model-q{num_codebooks}", num_codebooks)
     data = [f"data.{name}={folder / 'tokens'}" for name in ("gtzan", "nsynth", "music_speech")]
@@ -25,9 +35,7 @@ def inputs(tmp_path_factory) -> list[str]:
 
 
 def table1(output: Path, inputs: list[str], *overrides: str) -> list[str]:
-    return command(
-        "table1.py", "configs/table1/smoke.yaml", f"output.url={output}", "baselines=false", *inputs, *overrides
-    )
+    return command("table1.py", "configs/table1/smoke.yaml", f"output.url={output}", *inputs, *overrides)
 
 
 def test_table_is_made_once_and_goes_on_where_it_stopped(inputs, tmp_path):
@@ -38,8 +46,16 @@ def test_table_is_made_once_and_goes_on_where_it_stopped(inputs, tmp_path):
     assert len(table["cells"]) == len(table["summary"]) == 18
     assert all(cell["paper"]["accuracy"] > 0.2 for cell in table["summary"])
     markdown = (output / "table1.md").read_text()
-    assert "(69.00)" in markdown and len(re.findall(r"^\| (?:gtzan|nsynth|music_speech) ", markdown, re.M)) == 9
-    assert "69.00" in (output / "table1.html").read_text()
+    rows = [LOG_MEL, bag_of_codes(1.5), bag_of_codes(12), CHANCE]
+    assert [list(found) for found in table["baselines"].values()] == [rows] * 3
+    # the classes are an octave and more apart, and the splits are the cells'
+    assert {found[LOG_MEL]["accuracy"] for found in table["baselines"].values()} == {1.0}
+    counts = {(cell["task"], cell["count"]) for cell in table["summary"]}
+    assert {(task, found[CHANCE]["count"]) for task, found in table["baselines"].items()} == counts
+    page = (output / "table1.html").read_text()
+    assert "(69.00)" in markdown and "69.00" in page
+    assert all(markdown.count(f"| {name} |") == page.count(f"<td>{name}</td>") == 3 for name in rows)
+    assert len(re.findall(r"^\| (?:gtzan|nsynth|music_speech) ", markdown, re.M)) == 3 * (3 + len(rows))
     assert (output / "embeddings.png").read_bytes().startswith(b"\x89PNG")
 
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
@@ -84,7 +100,7 @@ def test_each_checkpoint_in_a_store_is_copied_once_for_all_cells_and_the_page(in
         for name in ("run-1k5", "run-12k"):
             server.upload(tmp_path / name, name)
         urls = ["checkpoints.1k5=s3://bucket/run-1k5", "checkpoints.12k=s3://bucket/run-12k"]
-        run(table1(tmp_path / "out", inputs, *urls, f"storage.endpoint_url={store.url}"))
+        run(table1(tmp_path / "out", inputs, *urls, f"storage.endpoint_url={store.url}", "baselines=false"))
         reads = {name: count for name, count in store.asked.items() if name.startswith("GET") and "model/" in name}
     files = [f"checkpoints/step-00000001/model/{name}" for name in ("config.json", "model.safetensors")]
     assert reads == {f"GET /bucket/{name}/{file}": 1 for name in ("run-1k5", "run-12k") for file in files}
