@@ -107,3 +107,10 @@ def test_each_checkpoint_in_a_store_is_copied_once_for_all_cells_and_the_page(in
     table = json.loads((tmp_path / "out" / "table1.json").read_text())
     assert {cell["checkpoint"] for cell in table["cells"]} == {None, "s3://bucket/run-1k5", "s3://bucket/run-12k"}
     assert (tmp_path / "out" / "embeddings.png").exists()
+
+
+def test_what_a_cell_finds_wrong_with_its_clips_ends_the_table_with_one_line(inputs, tmp_path):
+    printed = run(table1(tmp_path / "out", inputs, "tasks.nsynth.label=nothing"), exit_code=2)
+    assert "\nDataError: 0000.wav: has no label 'nothing' (task.label); its labels: class\n" in f"\n{printed}"
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out" / "table1.json").exists()
