@@ -68,7 +68,7 @@ def table1(argv: Sequence[str] | None = None) -> int:
     from megascale.table_page import write_table1_report
     from megascale.tasks import finetune as task
 
-    cell = CellJob(task.FinetuneConfig, task.check, task.run)
+    cell = CellJob(task.FinetuneConfig, task.check, task.check_clips, task.run)
 
     def run(config: job.Table1Config) -> None:
         def maps() -> list[tuple[Any, ...]]:
@@ -89,7 +89,7 @@ def watch(argv: Sequence[str] | None = None) -> int:
     from megascale.downstream.pool import CellJob
     from megascale.tasks import finetune as task
 
-    cell = CellJob(task.FinetuneConfig, task.check, task.run)
+    cell = CellJob(task.FinetuneConfig, task.check, task.check_clips, task.run)
 
     def run(config: job.WatchConfig) -> None:
         curve = job.run(config, cell, lambda curve: watch_page.write_watch_report(config.output.url, curve))

@@ -112,7 +112,7 @@ def run(config: QuickstartConfig) -> None:
     checkpoints = {result["bitrate_kbps"]: result["checkpoint"] for result, _ in runs}
     table: dict[str, Any] = {"cells": [], "summary": []}
     if rows:
-        cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.run)
+        cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.check_clips, finetune.run)
         output, stores = str(root / "table1"), StorageConfig()
         table = table1.train_cells(rows, table1.paper_arms(checkpoints), budget, [config.seed], output, stores, cell)
         table1.write_table(table, output)

@@ -35,18 +35,30 @@ def check_config(folder: Path, config: Section, job: str, may_change: tuple[str,
 
 def check_config_at(url: str, config: Section, job: str, may_change: tuple[str, ...], key_of_url: str) -> None:
     """`check_config` for a run at any URL; `key_of_url` is the config's key that chose it."""
+    change = next(_changes(url, config, may_change), None)
+    if change is not None:
+        key, before, now = change
+        raise ConfigError(
+            f"{job}.{key}={now}: the run in {url} was started with {before}; "
+            f"choose another {key_of_url}, or delete that folder"
+        )
+
+
+def is_config_of(folder: Path, config: Section, may_change: tuple[str, ...]) -> bool:
+    """Return whether a run was started in the folder with this config, but for `may_change`, as in `check_config`."""
+    return read_config(folder) is not None and next(_changes(str(folder), config, may_change), None) is None
+
+
+def _changes(url: str, config: Section, may_change: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key that differs, what it was and what it is; nothing where no run was started."""
     stored = read_config_at(url)
     if stored is None:
         return
-    before = _flatten(stored)
-    now = _flatten(config.model_dump(mode="json"))
+    before, now = _flatten(stored), _flatten(config.model_dump(mode="json"))
     sections = tuple(name for name in may_change if name.endswith("."))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in may_change and not key.startswith(sections):
-            raise ConfigError(
-                f"{job}.{key}={now.get(key)}: the run in {url} was started with {before.get(key)}; "
-                f"choose another {key_of_url}, or delete that folder"
-            )
+            yield key, before.get(key), now.get(key)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

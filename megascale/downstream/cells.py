@@ -63,15 +63,26 @@ def configs_of(
     stores: StorageConfig,
     job: CellJob,
 ) -> list[Any]:
-    """Return every cell's config, its inputs checked before anything runs (once for each task, arm and bitrate).
+    """Return every cell's config, checked before anything runs or is written.
+
+    Tokens and checkpoints are looked at once for each task, arm and bitrate, clips once for each task; and what is there
+    of an earlier start is compared.
 
     Raises:
+        ConfigError: a cell's folder holds a run of another config.
         ConfigError, DataError, TokenError, CheckpointError: bad input.
     """
     trees = [_finetune_tree(cell, arms, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
     configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
+    for config in configs:
+        run_folder.check_config(storage.local_path(config.output.url), config, "finetune", ("storage.",))
     for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
         job.check(config)
+    splits: dict[str, dict[int, Any]] = {}
+    for cell, config in zip(cells, configs, strict=True):
+        splits.setdefault(cell.task.name, {}).setdefault(cell.seed, config)
+    for of_task in splits.values():
+        job.check_clips(list(of_task.values()))
     return configs
 
 
@@ -93,13 +104,10 @@ def train(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[str, 
     """Train the cells that are not finished; return every cell's `result.json`, in order.
 
     Raises:
-        ConfigError: a cell's folder holds a run of another config. What a cell's training raises.
+        MegascaleError: what a cell's training raises.
         Stopped: SIGTERM came; finished cells stay.
     """
-    folders = [storage.local_path(config.output.url) for config in configs]
-    for folder, config in zip(folders, configs, strict=True):
-        run_folder.check_config(folder, config, "finetune", ("storage.",))
-    found = {i: run_folder.read_result(folder) for i, folder in enumerate(folders)}
+    found = {i: run_folder.read_result(storage.local_path(config.output.url)) for i, config in enumerate(configs)}
     results = {i: result for i, result in found.items() if result is not None}
     if len(results) < len(configs):
         progress = Progress("fine-tuning", len(configs), len(results), "runs")

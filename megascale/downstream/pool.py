@@ -3,7 +3,7 @@
 The job that trains one is handed in, because this folder must not import a task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -18,11 +18,13 @@ K = TypeVar("K")
 class CellJob:
     """The job that trains one classifier.
 
-    schema: its config class. check: raises what is wrong with a config's inputs. run: (config, quiet=True) -> result.
+    schema: its config class. check: raises what is wrong with a config's inputs, but for clips. check_clips: (configs) ->
+    raises what is wrong with their clips or splits; they differ in seed or fold alone. run: (config, quiet=True) -> result.
     """
 
     schema: type[Any]
     check: Callable[[Any], Any]
+    check_clips: Callable[[Sequence[Any]], Any]
     run: Callable[..., dict[str, Any]]
 
 

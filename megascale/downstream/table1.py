@@ -10,7 +10,7 @@ from typing import Any
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays
-from megascale.downstream.cells import Arms, LabelledTokens, cells_of, configs_of, paper_arms, train
+from megascale.downstream.cells import Arms, Cell, LabelledTokens, cells_of, configs_of, paper_arms, train
 from megascale.downstream.pool import CellJob
 from megascale.downstream.table import choose, to_markdown
 from megascale.downstream.table1_config import (
@@ -24,6 +24,7 @@ from megascale.log import say
 from megascale.storage import StorageConfig
 
 TABLE = "table1.json"
+_NO_OTHER_TABLE = ("storage.", "cells.gpus_each")
 
 ScoreBaselines = Callable[[LabelledTokens, Sequence[int], Sequence[float]], dict[str, Any]]
 
@@ -37,15 +38,21 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
 def describe_plan(config: Table1Config, job: CellJob) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    arms = _arms(config)
-    cells = cells_of(rows_of(config), arms, config.seeds, config.cells)
-    configs_of(cells, arms, config.cells, config.output.url, config.storage, job)
+    cells, _ = _checked_cells(config, job)
     rates = len(config.cells.lrs)
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
+def _checked_cells(config: Table1Config, job: CellJob) -> tuple[list[Cell], list[Any]]:
+    arms = _arms(config)
+    cells = cells_of(rows_of(config), arms, config.seeds, config.cells)
+    return cells, configs_of(cells, arms, config.cells, config.output.url, config.storage, job)
+
+
 def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> dict[str, Any]:
-    """Make the paper's table; finished runs are not repeated, and a finished table is not made again.
+    """Make the paper's table; finished cells are not trained again, and a finished table of this config is not made again.
+
+    Seeds, rates, rows and baselines may come and go between two starts: each cell compares its own config.
 
     Args:
         config: the job.
@@ -62,18 +69,18 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
     storage.configure(config.storage)
     check_stays(config.output.url, "table1.output.url")
     path = storage.local_path(config.output.url)
-    run_folder.check_config(path, config, "table1", ("storage.",))
     finished = run_folder.read_result(path, TABLE)
-    if finished is not None:
+    if finished is not None and run_folder.is_config_of(path, config, _NO_OTHER_TABLE):
         say(f"{path / TABLE}: already done")
         return finished
-    describe_plan(config, job)  # checks every input before anything is written
+    cells, configs = _checked_cells(config, job)
+    (path / TABLE).unlink(missing_ok=True)  # of another config, of which cells may be shared; they compare their own
     run_folder.write_config(path, config)
-    output, rows = config.output.url, rows_of(config)
-    table = train_cells(rows, _arms(config), config.cells, config.seeds, output, config.storage, job)
+    rows = rows_of(config)
+    table = choose(rows, list(zip(cells, train(configs, job, config.cells.gpus_each), strict=True)))
     if config.baselines:
         table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
-    write_table(table, output)
+    write_table(table, config.output.url)
     return table
 
 

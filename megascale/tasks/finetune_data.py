@@ -64,13 +64,32 @@ def _manifest_at(url: str, config: FinetuneConfig) -> Manifest:
 def open_clips(config: FinetuneConfig) -> LabelledClips:
     """Read the labelled clips and divide them. Raises DataError, TokenError or StorageError on what cannot be used."""
     manifest = open_manifest(config)
+    return _divide(config, manifest, _read_labelled(config, manifest))
+
+
+def check_clips(configs: Sequence[FinetuneConfig]) -> None:
+    """Read clips once and divide them as each of these configs would, which differ in seed or fold alone.
+
+    Raises:
+        DataError, TokenError, StorageError: as `open_clips`.
+    """
+    manifest = open_manifest(configs[0])
+    clips = _read_labelled(configs[0], manifest)
+    for config in configs:
+        _divide(config, manifest, clips)
+
+
+def _read_labelled(config: FinetuneConfig, manifest: Manifest) -> list[StoredClip]:
     num_codebooks = codebooks_for(config.data.bitrate_kbps)
     clips, test_url = list(read_clips(config.data.url, manifest, num_codebooks)), config.data.test_url
     if test_url is not None:
         clips = [clip for clip in clips if clip.split != "test"]
         clips += [replace(clip, split="test") for clip in read_clips(test_url, read_manifest(test_url), num_codebooks)]
-    clips = taking_part(clips, config.task)
-    num_apart = 0 if test_url is None else sum(clip.split == "test" for clip in clips)
+    return taking_part(clips, config.task)
+
+
+def _divide(config: FinetuneConfig, manifest: Manifest, clips: list[StoredClip]) -> LabelledClips:
+    num_apart = 0 if config.data.test_url is None else sum(clip.split == "test" for clip in clips)
     splits = split_clips(clips, config.task, config.seed, num_apart)
     # a class of no split is not there to be learned
     classes = classes_of([clips[i] for members in splits.values() for i in members], config.task)

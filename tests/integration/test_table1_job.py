@@ -11,6 +11,7 @@ from fault_proxy import FaultProxy
 from s3_servers import keys_in_environment, moto
 from support import tone, write_paced_tokens, write_pretrained
 
+from megascale import run_folder
 from megascale.table_baselines import CHANCE, LOG_MEL, bag_of_codes
 from megascale.train import checkpoint
 
@@ -109,8 +110,18 @@ def test_each_checkpoint_in_a_store_is_copied_once_for_all_cells_and_the_page(in
     assert (tmp_path / "out" / "embeddings.png").exists()
 
 
-def test_what_a_cell_finds_wrong_with_its_clips_ends_the_table_with_one_line(inputs, tmp_path):
-    printed = run(table1(tmp_path / "out", inputs, "tasks.nsynth.label=nothing"), exit_code=2)
-    assert "\nDataError: 0000.wav: has no label 'nothing' (task.label); its labels: class\n" in f"\n{printed}"
+def test_what_ends_one_cell_ends_the_table_with_one_line(inputs, tmp_path):
+    cell = tmp_path / "out" / "cells" / "nsynth-12kbps-ft-seed0-lr0.001"
+    with run_folder.lock(cell):
+        printed = run(table1(tmp_path / "out", inputs), exit_code=2)
+    told = f"ConfigError: {cell}: another process is at work in this folder; wait for it, or stop it"
+    assert f"\n{told}\n" in f"\n{printed}"
     assert "Traceback" not in printed
     assert not (tmp_path / "out" / "table1.json").exists()
+
+
+def test_what_is_wrong_with_clips_is_one_line_before_ray_starts(inputs, tmp_path):
+    for more in ([], ["--dry-run"]):
+        printed = run(table1(tmp_path / "out", inputs, "tasks.nsynth.label=nothing", *more), exit_code=2)
+        assert printed == "DataError: 0000.wav: has no label 'nothing' (task.label); its labels: class\n"
+    assert not (tmp_path / "out").exists()

@@ -4,17 +4,11 @@ import itertools
 from typing import Any
 
 import pytest
-from tables import BUDGET, LRS, PAPERS, ROWS
+from tables import BUDGET, LRS, PAPERS, ROWS, result
 
-from megascale.downstream.cells import Cell, cells_of
+from megascale.downstream.cells import cells_of
 from megascale.downstream.table import PAPER, _paper, choose, to_markdown
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
-
-
-def result(cell: Cell, **scores: float) -> dict[str, Any]:
-    """What a fine-tuning run returns, as far as the table reads it."""
-    known = {"accuracy": 0.5, "macro_f1": 0.4, "valid_accuracy": 0.5, "valid_loss": 1.0, "count": 100}
-    return known | {"arm": cell.arm, "bitrate_kbps": cell.bitrate_kbps, "seed": cell.seed, "lr": cell.lr} | scores
 
 
 def chosen(scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:

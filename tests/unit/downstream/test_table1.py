@@ -1,17 +1,42 @@
-"""The table's job, before it starts anything."""
+"""The table's job: what it checks before it starts anything, and what of it outlives another config."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tables import finish_cells, write_inputs
 
 from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.pool import CellJob
 from megascale.downstream.table1_config import Table1Config
-from megascale.errors import MegascaleError
+from megascale.errors import ConfigError, DataError, MegascaleError
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
+
+JOB = CellJob(FinetuneConfig, finetune.check, finetune.check_clips, finetune.run)
+
+
+@pytest.fixture
+def tree(tmp_path) -> dict[str, Any]:
+    return write_inputs(tmp_path)
+
+
+def config_of(tree: dict[str, Any], **changes: Any) -> Table1Config:
+    return validate(Table1Config, "table1", tree | changes)
+
+
+def make(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Make a table whose cells are all finished."""
+    config = config_of(tree, **changes)
+    finish_cells(config, JOB)
+    return table1.run(config, JOB, score_baselines)
+
+
+def times(places: list[Path]) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in places}
 
 
 @pytest.mark.parametrize(("working_dir", "url", "kept"), [("gcs://_ray_pkg_0.zip", "runs/t", False), (None, "t", True)])
@@ -23,10 +48,80 @@ def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
     environment = {"working_dir": working_dir} if working_dir else {}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": environment}))
     data = dict.fromkeys(("gtzan", "nsynth", "music_speech"), str(tmp_path / "none"))
-    job = CellJob(FinetuneConfig, finetune.check, finetune.run)
     lost = f"^table1.output.url={url}: lies in Ray's copy of the working directory, which Ray deletes; "
     for output, refused in ((url, not kept), (str(tmp_path / "t"), False)):
         tree = {"data": data, "checkpoints": {"1k5": "none", "12k": "none"}, "output": {"url": output}}
         with pytest.raises(MegascaleError, match=lost if refused else "none"):
-            table1.run(validate(Table1Config, "table1", tree), job, score_baselines)
+            table1.run(validate(Table1Config, "table1", tree), JOB, score_baselines)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ({"label": "nothing"}, "0000.wav: has no label 'nothing'"),
+        ({"label": "class", "classes": ["low", "middle"]}, "task.classes: no clip has the class 'middle'"),
+        ({"label": "class", "protocol": "stratified", "test_share": 0.99, "valid_share": 0.001}, "too few"),
+    ],
+)
+def test_what_is_wrong_with_the_clips_of_any_task_is_found_before_anything_is_written(tree, task, told):
+    config = config_of(tree, tasks={"music_speech": task})
+    for start in (lambda: table1.describe_plan(config, JOB), lambda: table1.run(config, JOB, score_baselines)):
+        with pytest.raises(DataError, match=told):
+            start()
+    assert not Path(config.output.url).exists()
+
+
+# ------------------------------------------------------------------------------------------------- the same table again
+
+
+@pytest.mark.parametrize("changes", [{}, {"storage": {"endpoint_url": "http://127.0.0.1:1"}}])
+def test_finished_table_is_not_made_again(tree, changes, capsys):
+    table = make(tree)
+    written = Path(tree["output"]["url"], table1.TABLE)
+    before = times([written])
+    assert table1.run(config_of(tree, **changes), JOB, score_baselines) == json.loads(json.dumps(table))
+    assert "already done" in capsys.readouterr().err
+    more_gpus = config_of(tree, cells=tree["cells"] | {"gpus_each": 0.5})
+    table1.run(more_gpus, JOB, score_baselines)
+    assert times([written]) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seeds": [0, 1]}, {"map_recordings": 7}, {"cells": {"lrs": [1e-3, 1e-2], "gpus_each": 0.5}}]
+)
+def test_what_is_added_to_a_finished_table_costs_no_cell_that_is_there(tree, changes):
+    make(tree)
+    cells = finish_cells(config_of(tree), JOB)
+    before = times(cells)
+    changes = changes | {"cells": tree["cells"] | changes.get("cells", {})}
+    table = make(tree, **changes)
+    assert times(cells) == before
+    config = config_of(tree, **changes)
+    assert {len(summary["seeds"]) for summary in table["summary"]} == {len(config.seeds)}
+    assert {len(summary["lrs_tried"]) for summary in table["summary"]} == {len(config.cells.lrs)}
+    assert json.loads(Path(tree["output"]["url"], table1.TABLE).read_bytes()) == json.loads(json.dumps(table))
+    assert {len(summary["seeds"]) for summary in make(tree)["summary"]} == {1}, "and back again"
+
+
+def test_table_that_was_left_over_from_another_config_is_not_taken_for_this_ones(tree):
+    """The job was killed between its config and its table."""
+    make(tree)
+    config = config_of(tree, seeds=[0, 1])
+    cells = finish_cells(config, JOB)
+    lost = cells[-1].read_bytes()
+    cells[-1].write_text("broken")
+    with pytest.raises(DataError, match="broken; delete it"):
+        table1.run(config, JOB, score_baselines)
+    cells[-1].write_bytes(lost)
+    assert {len(summary["seeds"]) for summary in table1.run(config, JOB, score_baselines)["summary"]} == {2}
+
+
+def test_cells_of_another_budget_are_refused_by_name_and_the_table_stays(tree):
+    make(tree)
+    before = times(list(Path(tree["output"]["url"]).rglob("*.json")))
+    other = config_of(tree, cells={"lrs": [1e-3], "finetune": {"train": {"epochs": 9}}})
+    for start in (lambda: table1.describe_plan(other, JOB), lambda: table1.run(other, JOB, score_baselines)):
+        with pytest.raises(ConfigError, match=r"finetune.train.epochs=9: the run in .*/cells/gtzan-1.5kbps-scratch-"):
+            start()
+    assert times(list(before)) == before
