@@ -67,8 +67,9 @@ def table1(argv: Sequence[str] | None = None) -> int:
     from megascale.table_embeddings import embedding_maps
     from megascale.table_page import write_table1_report
     from megascale.tasks import finetune as task
+    from megascale.tasks.finetune_data import check_clips
 
-    cell = CellJob(task.FinetuneConfig, task.check, task.check_clips, task.run)
+    cell = CellJob(task.FinetuneConfig, task.check, check_clips, task.run)
 
     def run(config: job.Table1Config) -> None:
         def maps() -> list[tuple[Any, ...]]:
@@ -88,8 +89,9 @@ def watch(argv: Sequence[str] | None = None) -> int:
     from megascale.downstream import watch as job
     from megascale.downstream.pool import CellJob
     from megascale.tasks import finetune as task
+    from megascale.tasks.finetune_data import check_clips
 
-    cell = CellJob(task.FinetuneConfig, task.check, task.check_clips, task.run)
+    cell = CellJob(task.FinetuneConfig, task.check, check_clips, task.run)
 
     def run(config: job.WatchConfig) -> None:
         curve = job.run(config, cell, lambda curve: watch_page.write_watch_report(config.output.url, curve))

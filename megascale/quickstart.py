@@ -31,6 +31,7 @@ from megascale.ports import free_port
 from megascale.storage import StorageConfig
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
+from megascale.tasks.finetune_data import check_clips
 from megascale.tasks.pretrain_config import PretrainConfig
 from megascale.tokenize import job
 from megascale.tokenize.plan import TokenizeConfig, codec_url
@@ -112,7 +113,7 @@ def run(config: QuickstartConfig) -> None:
     checkpoints = {result["bitrate_kbps"]: result["checkpoint"] for result, _ in runs}
     table: dict[str, Any] = {"cells": [], "summary": []}
     if rows:
-        cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, finetune.check_clips, finetune.run)
+        cell = table1.CellJob(finetune.FinetuneConfig, finetune.check, check_clips, finetune.run)
         output, stores = str(root / "table1"), StorageConfig()
         table = table1.train_cells(rows, table1.paper_arms(checkpoints), budget, [config.seed], output, stores, cell)
         table1.write_table(table, output)

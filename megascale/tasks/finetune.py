@@ -19,7 +19,7 @@ from megascale.model.config import ModelConfig
 from megascale.model.language_model import load_language_model
 from megascale.model.mega_audioformer import AudioClassifier, count_parameters
 from megascale.tasks.finetune_config import FinetuneConfig
-from megascale.tasks.finetune_data import LabelledClips, check_clips, open_clips, open_manifest
+from megascale.tasks.finetune_data import LabelledClips, open_clips, open_manifest
 from megascale.tasks.finetune_trainer import Trainer
 from megascale.tokens import codebooks_for
 from megascale.train.checkpoint import read_model, write_model

@@ -15,8 +15,9 @@ from megascale.errors import ConfigError, DataError, MegascaleError
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
+from megascale.tasks.finetune_data import check_clips
 
-JOB = CellJob(FinetuneConfig, finetune.check, finetune.check_clips, finetune.run)
+JOB = CellJob(FinetuneConfig, finetune.check, check_clips, finetune.run)
 
 
 @pytest.fixture
