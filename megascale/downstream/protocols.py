@@ -64,6 +64,15 @@ class TaskConfig(Section):
         return self
 
 
+def refuse_several_labels(tasks: Iterable[tuple[str, TaskConfig]]) -> None:
+    """Raise ValueError for a task, by its key, that is scored by mAP; for jobs that compare accuracies."""
+    for key, task in tasks:
+        if task.kind == "multi":
+            raise ValueError(
+                f"{key}.kind=multi: accuracies are compared here, and it has none; launch/finetune.py scores it"
+            )
+
+
 # -------------------------------------------------------------------------------------------------------------- labels
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megascale.config import Section
-from megascale.downstream.protocols import TaskConfig
+from megascale.downstream.protocols import TaskConfig, refuse_several_labels
 from megascale.storage import StorageConfig
 
 ARMS = ("scratch", "ft", "ft_aug")
@@ -100,4 +100,9 @@ class Table1Config(Section):
         for name in self.further:
             if name in ARMS or not _ROW_NAME.fullmatch(name):
                 raise ValueError(f"further.{name}: a name of letters, digits, - and _, and none of {', '.join(ARMS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_accuracies(self) -> "Table1Config":
+        refuse_several_labels((f"tasks.{name}", getattr(self.tasks, name)) for name in TasksConfig.model_fields)
         return self

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays
 from megascale.config import Section, validate
 from megascale.downstream.intervals import interval
 from megascale.downstream.pool import CellJob, Pool
-from megascale.downstream.protocols import TaskConfig
+from megascale.downstream.protocols import TaskConfig, refuse_several_labels
 from megascale.errors import ConfigError, MegascaleError
 from megascale.log import say
 from megascale.model.config import ModelConfig
@@ -78,6 +78,11 @@ class WatchConfig(Section):
             if name not in _BUDGET:
                 raise ValueError(f"finetune.{name}: is set here; only {', '.join(_BUDGET)} may stand in it")
         return tree
+
+    @model_validator(mode="after")
+    def _has_accuracies(self) -> "WatchConfig":
+        refuse_several_labels((f"tasks.{name}.task", labelled.task) for name, labelled in self.tasks.items())
+        return self
 
 
 def describe_plan(config: WatchConfig, job: CellJob) -> str:

@@ -11,6 +11,7 @@ from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.pool import CellJob
 from megascale.downstream.table1_config import Table1Config
+from megascale.downstream.watch import WatchConfig
 from megascale.errors import ConfigError, DataError, MegascaleError
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
@@ -71,6 +72,16 @@ def test_what_is_wrong_with_the_clips_of_any_task_is_found_before_anything_is_wr
         with pytest.raises(DataError, match=told):
             start()
     assert not Path(config.output.url).exists()
+
+
+def test_task_of_several_labels_a_clip_is_refused_where_accuracies_are_compared(tree):
+    told = ".kind=multi: accuracies are compared here, and it has none; launch/finetune.py scores it$"
+    several = {"label": "tags", "kind": "multi"}
+    with pytest.raises(ConfigError, match=rf"^table1: tasks\.nsynth{told}"):
+        config_of(tree, tasks={"nsynth": several})
+    tree = {"run": "run", "output": {"url": "out"}, "tasks": {"tags": {"url": "tokens", "task": several}}}
+    with pytest.raises(ConfigError, match=rf"^watch: tasks\.tags\.task{told}"):
+        validate(WatchConfig, "watch", tree)
 
 
 # ------------------------------------------------------------------------------------------------- the same table again
