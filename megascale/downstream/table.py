@@ -10,6 +10,8 @@ from megascale.downstream.cells import Cell, LabelledTokens
 from megascale.downstream.intervals import interval, with_interval
 from megascale.downstream.table1_config import BITRATES_KBPS
 
+_SAME_SPLIT = ("official", "lists")  # protocols whose split no seed draws
+
 # accuracy and F1 in percent at 1.5 and 12 kbps: Table 1 of the paper
 PAPER = {
     "gtzan": {
@@ -31,7 +33,9 @@ PAPER = {
 
 
 def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, Any]]]) -> dict[str, Any]:
-    """Keep, for each task, arm and bitrate, the learning rate that is best on validation over all seeds.
+    """Keep, for each task, arm, bitrate and split, the learning rate that is best on its validation.
+
+    Where seeds draw the split, what one tests may lie in another's validation: then each chooses by its own alone.
 
     Args:
         rows: the tasks.
@@ -44,16 +48,10 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
     arms = dict.fromkeys(c.arm for c, _ in finished)
     for task, arm, kbps in itertools.product(rows, arms, BITRATES_KBPS):
         group = [(c, r) for c, r in finished if (c.task.name, c.arm, c.bitrate_kbps) == (task.name, arm, kbps)]
-        lrs = sorted({c.lr for c, _ in group})
-
-        def merit(lr: float, group: list[tuple[Cell, dict[str, Any]]] = group) -> tuple[float, float]:
-            mine = [r for c, r in group if c.lr == lr]
-            loss = float(np.mean([r["valid_loss"] for r in mine]))
-            # a rate that diverged never wins
-            return float(np.mean([r["valid_accuracy"] for r in mine])), -loss if np.isfinite(loss) else -np.inf
-
-        lr = max(lrs, key=merit)
-        chosen = [r for c, r in group if c.lr == lr]
+        splits: dict[int | None, list[tuple[Cell, dict[str, Any]]]] = {}
+        for cell, result in group:
+            splits.setdefault(None if task.task.protocol in _SAME_SPLIT else cell.seed, []).append((cell, result))
+        chosen = [result for of_split in splits.values() for result in _best(of_split)]
         for result in chosen:
             cells.append({"task": task.name, **result, "arm": arm})
         low, high = interval(chosen)
@@ -63,9 +61,9 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
                 "task": task.name,
                 "arm": arm,
                 "bitrate_kbps": kbps,
-                "lr": lr,
-                "lrs_tried": lrs,
                 "seeds": [r["seed"] for r in chosen],
+                "lrs": [r["lr"] for r in chosen],
+                "lrs_tried": sorted({c.lr for c, _ in group}),
                 "accuracy": float(np.mean([r["accuracy"] for r in chosen])),
                 "accuracy_ci95": [low, high],
                 "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
@@ -75,6 +73,19 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
             }
         )
     return {"cells": cells, "summary": summary, "baselines": {}}
+
+
+def _best(group: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the results of the learning rate that is best on validation, over all that are given."""
+
+    def merit(lr: float) -> tuple[float, float]:
+        mine = [r for c, r in group if c.lr == lr]
+        loss = float(np.mean([r["valid_loss"] for r in mine]))
+        # a rate that diverged never wins
+        return float(np.mean([r["valid_accuracy"] for r in mine])), -loss if np.isfinite(loss) else -np.inf
+
+    best = max(sorted({c.lr for c, _ in group}), key=merit)
+    return [r for c, r in group if c.lr == best]
 
 
 def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:

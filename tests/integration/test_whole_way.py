@@ -32,7 +32,7 @@ def test_every_cell_of_the_table_is_there_with_its_scores(made):
     for cell in cells.values():
         assert 0 <= cell["accuracy"] <= 1 and 0 <= cell["macro_f1"] <= 1
         assert cell["count"] > 0 and cell["seed"] == 0
-        assert cell["lr"] in cell["lrs_tried"]
+        assert cell["lrs"][0] in cell["lrs_tried"] and len(cell["lrs"]) == 1
     assert len({tuple(c["lrs_tried"]) for c in cells.values()}) == 1 and "train" in summary["budget"]["finetune"]
     for task in TASKS:
         assert tuple(summary["baselines"][task]) == BASELINES

@@ -6,18 +6,21 @@ from typing import Any
 import pytest
 from tables import BUDGET, LRS, PAPERS, ROWS, result
 
-from megascale.downstream.cells import cells_of
+from megascale.downstream.cells import LabelledTokens, cells_of
+from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table import PAPER, _paper, choose, to_markdown
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
 
 
-def chosen(scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """The summary of ROWS[0], scratch, 1.5 kbps, given scores by rate and seed there; all else is equal."""
+def chosen(
+    scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, ...] = (0,), row: LabelledTokens = ROWS[0]
+) -> dict[str, Any]:
+    """The summary of a row, scratch, 1.5 kbps, given scores by rate and seed there; all else is equal."""
     finished = []
-    for cell in cells_of(ROWS[:1], PAPERS, seeds, BUDGET):
+    for cell in cells_of([row], PAPERS, seeds, BUDGET):
         here = cell.arm == "scratch" and cell.bitrate_kbps == 1.5
         finished.append((cell, result(cell, **(scores.get((cell.lr, cell.seed), {}) if here else {}))))
-    found = choose(ROWS[:1], finished)
+    found = choose([row], finished)
     return next(s for s in found["summary"] if (s["arm"], s["bitrate_kbps"]) == ("scratch", 1.5))
 
 
@@ -27,7 +30,7 @@ def chosen(scores: dict[tuple[float, int], dict[str, float]], seeds: tuple[int, 
 def test_rate_is_the_best_on_validation():
     scores = {(1e-4, 0): {"valid_accuracy": 0.6}, (3e-4, 0): {"valid_accuracy": 0.8, "accuracy": 0.7}}
     found = chosen(scores)
-    assert (found["lr"], found["accuracy"]) == (3e-4, 0.7)
+    assert (found["lrs"], found["accuracy"]) == ([3e-4], 0.7)
     assert found["lrs_tried"] == LRS
 
 
@@ -38,26 +41,39 @@ def test_rate_that_is_better_on_test_alone_is_not_chosen():
         (1e-3, 0): {"valid_accuracy": 0.7, "valid_loss": 0.1, "accuracy": 1.0, "macro_f1": 1.0},
     }
     found = chosen(scores)
-    assert (found["lr"], found["accuracy"], found["macro_f1"]) == (1e-4, 0.3, 0.2)
+    assert (found["lrs"], found["accuracy"], found["macro_f1"]) == ([1e-4], 0.3, 0.2)
 
 
 def test_validation_loss_decides_between_equal_accuracies():
     scores = {
         (lr, 0): {"valid_accuracy": 0.8, "valid_loss": loss} for lr, loss in zip(LRS, (1.0, 0.4, 0.9), strict=True)
     }
-    assert chosen(scores)["lr"] == 3e-4
+    assert chosen(scores)["lrs"] == [3e-4]
 
 
-def test_rate_is_chosen_over_all_seeds_together_and_the_scores_are_their_means():
-    scores = {
-        (1e-4, 0): {"valid_accuracy": 1.0},
-        (1e-4, 1): {"valid_accuracy": 0.1},
-        (3e-4, 0): {"valid_accuracy": 0.7, "accuracy": 0.5, "macro_f1": 0.2},
-        (3e-4, 1): {"valid_accuracy": 0.7, "accuracy": 0.7, "macro_f1": 0.4},
-    }
-    found = chosen(scores, seeds=(0, 1))
-    assert (found["lr"], found["seeds"]) == (3e-4, [0, 1])
+TWO_SEEDS = {
+    (1e-4, 0): {"valid_accuracy": 1.0, "accuracy": 0.3, "macro_f1": 0.0},
+    (1e-4, 1): {"valid_accuracy": 0.1},
+    (3e-4, 0): {"valid_accuracy": 0.7, "accuracy": 0.5, "macro_f1": 0.2},
+    (3e-4, 1): {"valid_accuracy": 0.7, "accuracy": 0.7, "macro_f1": 0.4},
+}
+
+
+@pytest.mark.parametrize("protocol", ["official", "lists"])
+def test_where_all_seeds_have_one_split_the_rate_is_chosen_over_them_and_the_scores_are_their_means(protocol):
+    lists = {"train": "a", "valid": "b", "test": "c"}
+    row = LabelledTokens("x", "tokens/x", TaskConfig(label="genre", protocol=protocol, lists=lists))
+    found = chosen(TWO_SEEDS, (0, 1), row)
+    assert (found["lrs"], found["seeds"]) == ([3e-4, 3e-4], [0, 1])
     assert (found["accuracy"], found["macro_f1"]) == pytest.approx((0.6, 0.3))
+
+
+@pytest.mark.parametrize("protocol", ["paper", "stratified"])
+def test_where_seeds_draw_the_split_none_is_chosen_for_by_what_another_tests(protocol):
+    row = LabelledTokens("x", "tokens/x", TaskConfig(label="genre", protocol=protocol))
+    found = chosen(TWO_SEEDS, (0, 1), row)
+    assert (found["lrs"], found["seeds"]) == ([1e-4, 3e-4], [0, 1])
+    assert (found["accuracy"], found["macro_f1"]) == pytest.approx((0.5, 0.2))
 
 
 def test_each_arm_and_bitrate_chooses_its_own_rate():
@@ -67,7 +83,9 @@ def test_each_arm_and_bitrate_chooses_its_own_rate():
         for cell in cells_of(ROWS, PAPERS, (0,), BUDGET)
     ]
     table = choose(ROWS, finished)
-    assert {(s["task"], s["arm"], s["bitrate_kbps"]): s["lr"] for s in table["summary"]} == best
+    assert {(s["task"], s["arm"], s["bitrate_kbps"]): s["lrs"] for s in table["summary"]} == {
+        key: [lr] for key, lr in best.items()
+    }
     # the runs that were kept are those of the chosen rates
     assert {(c["task"], c["arm"], c["bitrate_kbps"]): c["lr"] for c in table["cells"]} == best
     assert len(table["cells"]) == len(best)
