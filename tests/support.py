@@ -114,10 +114,10 @@ def write_paced_tokens(
     write_token_folder(folder, num_clips, fingerprint=fingerprint, codes=codes_NQT, **options)  # type: ignore[arg-type]
 
 
-def write_pretrained(folder: Path, num_codebooks: int, fingerprint: str = FINGERPRINT) -> None:
+def write_pretrained(folder: Path, num_codebooks: int, fingerprint: str = FINGERPRINT, seed: int = 0) -> None:
     """Write the `model/` of a tiny pretrained encoder with first weights."""
     config = ModelConfig(layers=1, width=32, heads=2, mlp_width=64, local_layers=1, local_width=16, local_heads=1)
-    model = MegaAudioFormer(config, num_codebooks, torch_generator(0, "test"))
+    model = MegaAudioFormer(config, num_codebooks, torch_generator(seed, "test"))
     name = model_name(fingerprint, published=False)
     codec = CodecFacts(name=name, fingerprint=fingerprint, origin="test", num_codebooks=16)
     facts = {"model": config.model_dump(), "num_codebooks": num_codebooks, "codec": codec.model_dump()}

@@ -9,7 +9,7 @@ from megascale import run_folder
 from megascale.downstream.cells import Cell, LabelledTokens, paper_arms
 from megascale.downstream.pool import CellJob
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import _checked_cells
+from megascale.downstream.table1 import _plan
 from megascale.downstream.table1_config import CellsConfig, Table1Config
 
 CHECKPOINTS = {1.5: "run-1k5", 12.0: "run-12k"}
@@ -39,9 +39,8 @@ def write_inputs(folder: Path) -> dict[str, Any]:
 
 def finish_cells(config: Table1Config, job: CellJob) -> list[Path]:
     """Leave what fine-tuning leaves of every cell, without the training; return where the results lie."""
-    cells, configs = _checked_cells(config, job)
-    places = []
-    for cell, cell_config in zip(cells, configs, strict=True):
+    plan, places = _plan(config, job), []
+    for cell, cell_config in zip(plan.cells, plan.configs, strict=True):
         folder = Path(cell_config.output.url)
         if run_folder.read_result(folder) is None:
             run_folder.write_config(folder, cell_config)

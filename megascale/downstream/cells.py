@@ -6,11 +6,12 @@ Every arm gets the same budget and the same grid of learning rates.
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megascale import run_folder, storage
 from megascale.config import validate
+from megascale.downstream.pins import Pins, pin, write_pins
 from megascale.downstream.pool import CellJob, Pool
 from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
@@ -18,7 +19,16 @@ from megascale.log import Progress
 from megascale.stopping import StopSignal
 from megascale.storage import StorageConfig
 
-Arms = dict[str, tuple[str, dict[float, str]]]  # row of the table -> fine-tuning's arm, and its checkpoint by bitrate
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of row: fine-tuning's arm, and its checkpoint at each bitrate (kbps)."""
+
+    arm: str
+    checkpoints: dict[float, str]
+
+
+Arms = dict[str, Arm]  # by the row's name
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Cell:
 
 def paper_arms(checkpoints: dict[float, str]) -> Arms:
     """Return the three arms of the paper, for a checkpoint at each bitrate."""
-    return {arm: (arm, checkpoints) for arm in ARMS}
+    return {arm: Arm(arm, checkpoints) for arm in ARMS}
 
 
 def cells_of(rows: Sequence[LabelledTokens], arms: Arms, seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
@@ -55,15 +65,25 @@ def cells_of(rows: Sequence[LabelledTokens], arms: Arms, seeds: Sequence[int], b
     return [Cell(*parts) for parts in itertools.product(rows, arms, BITRATES_KBPS, seeds, budget.lrs)]
 
 
-def configs_of(
-    cells: Sequence[Cell],
+@dataclass(frozen=True)
+class Plan:
+    """Cells with their configs, and the checkpoints that they begin with."""
+
+    cells: list[Cell]
+    configs: list[Any]
+    pins: Pins
+
+
+def plan_cells(
+    rows: Sequence[LabelledTokens],
     arms: Arms,
+    seeds: Sequence[int],
     budget: CellsConfig,
     output_url: str,
     stores: StorageConfig,
     job: CellJob,
-) -> list[Any]:
-    """Return every cell's config, checked before anything runs or is written.
+) -> Plan:
+    """Return every cell and its config, checked before anything runs or is written.
 
     Tokens and checkpoints are looked at once for each task, arm and bitrate, clips once for each task; and what is there
     of an earlier start is compared.
@@ -72,7 +92,13 @@ def configs_of(
         ConfigError: a cell's folder holds a run of another config.
         ConfigError, DataError, TokenError, CheckpointError: bad input.
     """
-    trees = [_finetune_tree(cell, arms, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
+    cells = cells_of(rows, arms, seeds, budget)
+    pins = pin((url for arm in arms.values() for url in arm.checkpoints.values()), output_url)
+    pinned = {
+        name: replace(arm, checkpoints={kbps: pins[url].url for kbps, url in arm.checkpoints.items()})
+        for name, arm in arms.items()
+    }
+    trees = [_finetune_tree(cell, pinned, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
     configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
     for config in configs:
         run_folder.check_config(storage.local_path(config.output.url), config, "finetune", ("storage.",))
@@ -83,30 +109,32 @@ def configs_of(
         splits.setdefault(cell.task.name, {}).setdefault(cell.seed, config)
     for of_task in splits.values():
         job.check_clips(list(of_task.values()))
-    return configs
+    return Plan(cells, configs, pins)
 
 
 def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(json.dumps(budget.finetune))
     tree.setdefault("optim", {})["lr"] = cell.lr
-    arm, checkpoints = arms[cell.arm]
+    arm = arms[cell.arm]
     return tree | {
         "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
         "task": cell.task.task.model_dump(),
-        "arm": arm,
-        "checkpoint": checkpoints[cell.bitrate_kbps],
+        "arm": arm.arm,
+        "checkpoint": arm.checkpoints[cell.bitrate_kbps],
         "output": {"url": storage.join(output_url, "cells", cell.name), "save_model": False},
         "seed": cell.seed,
     }
 
 
-def train(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[str, Any]]:
-    """Train the cells that are not finished; return every cell's `result.json`, in order.
+def train(plan: Plan, output_url: str, job: CellJob, gpus_each: float) -> list[tuple[Cell, dict[str, Any]]]:
+    """Train the cells that are not finished; return every cell with its `result.json`.
 
     Raises:
         MegascaleError: what a cell's training raises.
         Stopped: SIGTERM came; finished cells stay.
     """
+    write_pins(plan.pins, output_url)
+    configs = plan.configs
     found = {i: run_folder.read_result(storage.local_path(config.output.url)) for i, config in enumerate(configs)}
     results = {i: result for i, result in found.items() if result is not None}
     if len(results) < len(configs):
@@ -120,4 +148,4 @@ def train(configs: list[Any], job: CellJob, gpus_each: float) -> list[dict[str, 
                 results |= pool.take()
                 progress.update(len(results))
         progress.close()
-    return [results[i] for i in range(len(configs))]
+    return [(cell, results[i]) for i, cell in enumerate(plan.cells)]

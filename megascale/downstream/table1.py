@@ -6,11 +6,13 @@ handed in, because this file must not import a task.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays
-from megascale.downstream.cells import Arms, Cell, LabelledTokens, cells_of, configs_of, paper_arms, train
+from megascale.downstream.cells import Arm, Arms, LabelledTokens, Plan, paper_arms, plan_cells, train
+from megascale.downstream.pins import pin
 from megascale.downstream.pool import CellJob
 from megascale.downstream.table import choose, to_markdown
 from megascale.downstream.table1_config import (
@@ -38,15 +40,13 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
 def describe_plan(config: Table1Config, job: CellJob) -> str:
     """Return what the job would do (`--dry-run`); writes nothing."""
     storage.configure(config.storage)
-    cells, _ = _checked_cells(config, job)
-    rates = len(config.cells.lrs)
+    cells, rates = _plan(config, job).cells, len(config.cells.lrs)
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
-def _checked_cells(config: Table1Config, job: CellJob) -> tuple[list[Cell], list[Any]]:
+def _plan(config: Table1Config, job: CellJob) -> Plan:
     arms = _arms(config)
-    cells = cells_of(rows_of(config), arms, config.seeds, config.cells)
-    return cells, configs_of(cells, arms, config.cells, config.output.url, config.storage, job)
+    return plan_cells(rows_of(config), arms, config.seeds, config.cells, config.output.url, config.storage, job)
 
 
 def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> dict[str, Any]:
@@ -73,11 +73,12 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
     if finished is not None and run_folder.is_config_of(path, config, _NO_OTHER_TABLE):
         say(f"{path / TABLE}: already done")
         return finished
-    cells, configs = _checked_cells(config, job)
+    plan = _plan(config, job)
     (path / TABLE).unlink(missing_ok=True)  # of another config, of which cells may be shared; they compare their own
     run_folder.write_config(path, config)
     rows = rows_of(config)
-    table = choose(rows, list(zip(cells, train(configs, job, config.cells.gpus_each), strict=True)))
+    table = choose(rows, train(plan, config.output.url, job, config.cells.gpus_each))
+    table["checkpoints"] = {url: asdict(found) for url, found in plan.pins.items()}
     if config.baselines:
         table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
     write_table(table, config.output.url)
@@ -94,10 +95,8 @@ def train_cells(
     job: CellJob,
 ) -> dict[str, Any]:
     """Train every cell of a table of any tasks; return the table with the learning rates that validation chose."""
-    cells = cells_of(rows, arms, seeds, budget)
-    configs = configs_of(cells, arms, budget, output_url, stores, job)
-    results = train(configs, job, budget.gpus_each)
-    return choose(rows, list(zip(cells, results, strict=True)))
+    plan = plan_cells(rows, arms, seeds, budget, output_url, stores, job)
+    return choose(rows, train(plan, output_url, job, budget.gpus_each))
 
 
 def write_table(table: dict[str, Any], output_url: str) -> None:
@@ -108,13 +107,15 @@ def write_table(table: dict[str, Any], output_url: str) -> None:
 
 
 def checkpoints_of(config: Table1Config) -> dict[float, str]:
-    """Return the checkpoint of each bitrate, kbps."""
-    return _by_bitrate(config.checkpoints)
+    """Return the checkpoint that the table began with at each bitrate, kbps."""
+    urls = _by_bitrate(config.checkpoints)
+    pins = pin(urls.values(), config.output.url)
+    return {kbps: pins[url].url for kbps, url in urls.items()}
 
 
 def _arms(config: Table1Config) -> Arms:
-    return paper_arms(checkpoints_of(config)) | {
-        name: (further.arm, _by_bitrate(further)) for name, further in config.further.items()
+    return paper_arms(_by_bitrate(config.checkpoints)) | {
+        name: Arm(further.arm, _by_bitrate(further)) for name, further in config.further.items()
     }
 
 

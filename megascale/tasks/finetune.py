@@ -22,7 +22,7 @@ from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import LabelledClips, open_clips, open_manifest
 from megascale.tasks.finetune_trainer import Trainer
 from megascale.tokens import codebooks_for
-from megascale.train.checkpoint import read_model, write_model
+from megascale.train.checkpoint import FoundModel, find_model, read_model, write_model
 from megascale.train.engine import init_distributed
 
 
@@ -71,15 +71,24 @@ def run(config: FinetuneConfig, quiet: bool = False) -> dict[str, Any]:
             f"finetune: runs on one process, was started on {world_size()}; fan runs out instead (table1)"
         )
     data = open_clips(config)
-    model, facts = _build_model(config, data.manifest, data.classes)
+    found = find_model(config.checkpoint) if config.checkpoint is not None else None
+    # a run that goes on may have another best one a moment later
+    pinned = config.model_copy(update={"checkpoint": found.url}) if found else config
+    model, facts = _build_model(pinned, data.manifest, data.classes)
     if not quiet:
         say(_split_line(data))
     with run_folder.lock(path):
-        return _train(config, path, quiet, data, model, facts)
+        return _train(config, path, quiet, data, model, facts, found if config.arm != "scratch" else None)
 
 
 def _train(
-    config: FinetuneConfig, path: Path, quiet: bool, data: LabelledClips, model: AudioClassifier, facts: dict[str, Any]
+    config: FinetuneConfig,
+    path: Path,
+    quiet: bool,
+    data: LabelledClips,
+    model: AudioClassifier,
+    facts: dict[str, Any],
+    first: FoundModel | None,
 ) -> dict[str, Any]:
     started = time.monotonic()
     init_distributed()
@@ -96,7 +105,9 @@ def _train(
         "task_kind": config.task.kind,
         "seed": config.seed,
         "lr": config.optim.lr,
-        "checkpoint": config.checkpoint if config.arm != "scratch" else None,
+        "checkpoint": config.checkpoint if first else None,
+        "checkpoint_step": first.step if first else None,
+        "checkpoint_sha256": first.sha256 if first else None,
         "codec": data.manifest.codec.fingerprint,
         "split_sizes": {name: len(members) for name, members in data.splits.items()},
         "split_check": data.split_check,

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,38 @@ def checkpoint_of(url: str) -> str | None:
     if last in ("model", EMA) and storage.exists(storage.join(parent, MANIFEST)):
         return parent
     return url if last.startswith("step-") or storage.exists(storage.join(url, MANIFEST)) else None
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What a URL stands for at this moment: the checkpoint's own URL, its step (None: a bare folder, which tells none),
+    and the sha256 of its `model.safetensors`."""
+
+    url: str
+    step: int | None
+    sha256: str
+
+
+def find_model(url: str) -> FoundModel:
+    """Return which weights `read_model` would read. Raises CheckpointError: there are none, or a manifest is broken."""
+    weights, found = _MODEL_FILES[1], checkpoint_of(url)
+    if found is None:
+        if storage.exists(storage.join(url, CHECKPOINTS)):
+            raise CheckpointError(f"{url}: a run without a committed checkpoint")
+        finetuned = storage.join(url, "model")
+        place = storage.join(finetuned if storage.exists(storage.join(finetuned, _MODEL_FILES[0])) else url, weights)
+        if not storage.exists(place):
+            raise CheckpointError(f"{url}: no checkpoint here: {place} is missing")
+        return FoundModel(url, None, manifests.sha256(place))
+    place, part = os.path.abspath(storage.local_path(url)) if storage.is_local(url) else url.rstrip("/"), "model"
+    if found.startswith(f"{place}/"):  # a run's best; a relative path stays one
+        url = storage.join(url, found.removeprefix(f"{place}/"))
+    elif place.startswith(f"{found}/"):
+        part = place.removeprefix(f"{found}/")
+    manifest = manifests.read_manifest(found)
+    if f"{part}/{weights}" not in manifest.files:
+        raise CheckpointError(f"{url}: no checkpoint here: {found}/{part}/{weights} is missing")
+    return FoundModel(url, manifest.step, manifest.files[f"{part}/{weights}"])
 
 
 def _needed(url: str) -> tuple[str, str, dict[str, str | None]]:

@@ -9,7 +9,7 @@ import pytest
 from tables import BUDGET, CHECKPOINTS, LRS, PAPERS, ROWS
 
 from megascale.config import validate
-from megascale.downstream.cells import _finetune_tree, cells_of
+from megascale.downstream.cells import Arm, _finetune_tree, cells_of
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, Table1Config
 from megascale.errors import ConfigError
 from megascale.tasks.finetune import FinetuneConfig
@@ -70,7 +70,7 @@ def test_seed_or_rate_named_twice_is_refused(repeated):
 
 
 def test_further_arm_is_fine_tuned_from_checkpoints_of_its_own():
-    arms = PAPERS | {"spans": ("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
+    arms = PAPERS | {"spans": Arm("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
     cells = cells_of(ROWS[:1], arms, (0,), BUDGET)
     trees = {(c.arm, c.bitrate_kbps): _finetune_tree(c, arms, BUDGET, "out") for c in cells}
     assert {tree["output"]["url"] for tree in trees.values()} == {

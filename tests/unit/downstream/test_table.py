@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tables import BUDGET, LRS, PAPERS, ROWS, result
 
-from megascale.downstream.cells import LabelledTokens, cells_of
+from megascale.downstream.cells import Arm, LabelledTokens, cells_of
 from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table import PAPER, _paper, choose, to_markdown
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS
@@ -129,9 +129,9 @@ def test_papers_figures_are_those_of_its_table_1():
 
 
 def test_further_arm_is_a_row_of_the_table_under_its_own_name():
-    arms = PAPERS | {"spans": ("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
+    arms = PAPERS | {"spans": Arm("ft_aug", {1.5: "spans-1k5", 12.0: "spans-12k"})}
     cells = cells_of(ROWS[:1], arms, (0,), BUDGET)
-    table = choose(ROWS[:1], [(cell, result(cell) | {"arm": arms[cell.arm][0]}) for cell in cells])
+    table = choose(ROWS[:1], [(cell, result(cell) | {"arm": arms[cell.arm].arm}) for cell in cells])
     assert [line.split("|")[2].strip() for line in to_markdown(table).splitlines()[2:]] == [*ARMS, "spans"]
     assert {cell["arm"] for cell in table["cells"]} == {*ARMS, "spans"}
 

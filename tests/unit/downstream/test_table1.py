@@ -1,22 +1,27 @@
 """The table's job: what it checks before it starts anything, and what of it outlives another config."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import write_pretrained
 from tables import finish_cells, write_inputs
 
 from megascale.config import validate
 from megascale.downstream import table1
 from megascale.downstream.pool import CellJob
+from megascale.downstream.table1 import _plan
 from megascale.downstream.table1_config import Table1Config
 from megascale.downstream.watch import WatchConfig
-from megascale.errors import ConfigError, DataError, MegascaleError
+from megascale.errors import CheckpointError, ConfigError, DataError, MegascaleError
 from megascale.table_baselines import score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.finetune_data import check_clips
+from megascale.train import checkpoint
 
 JOB = CellJob(FinetuneConfig, finetune.check, check_clips, finetune.run)
 
@@ -137,3 +142,48 @@ def test_cells_of_another_budget_are_refused_by_name_and_the_table_stays(tree):
         with pytest.raises(ConfigError, match=r"finetune.train.epochs=9: the run in .*/cells/gtzan-1.5kbps-scratch-"):
             start()
     assert times(list(before)) == before
+
+
+# ------------------------------------------------------------------------------------------------- one encoder a table
+
+
+def save(run: Path, step: int, valid_loss: float) -> None:
+    """A checkpoint of a pretraining run at 1.5 kbps, whose weights are drawn from its step."""
+    folder = checkpoint.step_folder(run / "checkpoints", step)
+    checkpoint.begin(folder)
+    write_pretrained(folder / "model", 2, seed=step)
+    checkpoint.commit(folder, step, 16 * step, 1, valid_loss)
+
+
+def test_table_keeps_to_the_checkpoint_it_began_with_when_a_run_that_goes_on_has_a_better_one(tree, tmp_path):
+    run = tmp_path / "run"
+    save(run, 1, 3.0)
+    tree["checkpoints"]["1k5"] = str(run)
+    first = make(tree)
+    save(run, 2, 2.0)
+    make(tree, seeds=[0, 1])
+    config = config_of(tree, seeds=[0, 1])
+    own = {finetuned.checkpoint for finetuned in _plan(config, JOB).configs if finetuned.data.bitrate_kbps == 1.5}
+    begun = f"{run}/checkpoints/step-00000001"
+    assert own == {begun} and table1.checkpoints_of(config)[1.5] == begun
+    digest = hashlib.sha256(Path(begun, "model", "model.safetensors").read_bytes()).hexdigest()
+    assert first["checkpoints"][str(run)] == {"url": begun, "step": 1, "sha256": digest}
+    # another table of the same run begins with what is best by now
+    other = config_of(tree, output={"url": str(tmp_path / "other")})
+    assert table1.checkpoints_of(other)[1.5] == f"{run}/checkpoints/step-00000002"
+
+
+def test_checkpoint_that_is_gone_or_has_other_weights_by_now_is_refused(tree, tmp_path):
+    run, bare = tmp_path / "run", Path(tree["checkpoints"]["12k"])
+    save(run, 1, 3.0)
+    tree["checkpoints"]["1k5"] = str(run)
+    make(tree)
+    before = (bare / "model.safetensors").read_bytes()
+    write_pretrained(bare, 16, seed=9)
+    with pytest.raises(CheckpointError, match=f"^{bare}: not the weights that this table began with; choose another "):
+        make(tree, seeds=[0, 1])
+    (bare / "model.safetensors").write_bytes(before)
+    save(run, 2, 2.0)
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with pytest.raises(CheckpointError, match=r"step-00000001: no manifest; .*; this table began with it"):
+        make(tree, seeds=[0, 1])

@@ -1,6 +1,7 @@
 """Training of classifiers in this process: what learns and what stays, when it ends, and what the result files hold."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megascale.tasks import finetune
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import open_clips
 from megascale.tasks.finetune_trainer import Trainer, rate_share
+from megascale.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -197,6 +199,21 @@ def test_several_labels_are_learned_and_scored_by_map_and_d_prime(inputs, tmp_pa
         sure = [name for name in result["classes"] if float(row[name]) >= 0.5]
         assert row["predicted"] == ";".join(sure)
     assert max(sum(float(row[name]) for name in result["classes"]) for row in rows) > 1.2, "no shares of one whole"
+
+
+def test_result_says_which_weights_it_began_with_and_reads_no_others(inputs, tmp_path):
+    for step, loss in ((1, 3.0), (2, 4.0)):
+        folder = checkpoint.step_folder(tmp_path / "pretrained" / "checkpoints", step)
+        checkpoint.begin(folder)
+        write_pretrained(folder / "model", 2, seed=step)
+        checkpoint.commit(folder, step, 16, 1, loss)
+    run = str(tmp_path / "pretrained")
+    results = {
+        arm: finetune.run(config_of(inputs, tmp_path / arm, arm=arm, checkpoint=run)) for arm in ("probe", "scratch")
+    }
+    digest = hashlib.sha256((tmp_path / "pretrained/checkpoints/step-00000001/model/model.safetensors").read_bytes())
+    found = {arm: [result[f"checkpoint{key}"] for key in ("", "_step", "_sha256")] for arm, result in results.items()}
+    assert found == {"probe": [run, 1, digest.hexdigest()], "scratch": [None, None, None]}
 
 
 def test_result_says_what_the_split_check_found_and_the_model_what_it_answers(inputs, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: what has no manifest does not exist, what was changed is refused by name, and the best is never lost."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FACTS, FILES, WEIGHTS, save, steps
+from stores import hooked_copy
 
 from megascale import storage
 from megascale.errors import CheckpointError, StorageError
@@ -281,6 +283,45 @@ def test_model_is_read_from_a_run_a_checkpoint_or_a_bare_folder(tmp_path):
         checkpoint.read_model(str(copied))
 
 
+def test_what_a_name_stands_for_is_told_with_its_step_and_hash(tmp_path, monkeypatch):
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        save(tmp_path / "run" / "checkpoints", step, loss, weights=step)
+    chosen = tmp_path / "run" / "checkpoints" / "step-00000002"
+    digest = hashlib.sha256((chosen / "model" / "model.safetensors").read_bytes()).hexdigest()
+    shutil.copytree(chosen / "model", tmp_path / "bare")
+    shutil.copytree(chosen / "model", tmp_path / "finetuned" / "model")
+    monkeypatch.chdir(tmp_path)
+    with hooked_copy(tmp_path / "run") as store:
+        names = {
+            str(tmp_path / "run"): (str(chosen), 2),
+            "run": ("run/checkpoints/step-00000002", 2),
+            "run/": ("run/checkpoints/step-00000002", 2),
+            store: (f"{store}/checkpoints/step-00000002", 2),
+            f"file://{chosen}": (f"file://{chosen}", 2),
+            f"{store}/checkpoints/step-00000002/model": (f"{store}/checkpoints/step-00000002/model", 2),
+            "run/checkpoints/step-00000002/model": ("run/checkpoints/step-00000002/model", 2),
+            "bare": ("bare", None),
+            "finetuned": ("finetuned", None),
+        }
+        for url, (own, step) in names.items():
+            found = checkpoint.find_model(url)
+            assert found == checkpoint.FoundModel(own, step, digest)
+            one, other = checkpoint.read_model(url)[0], checkpoint.read_model(own)[0]
+            assert all(torch.equal(one[name], other[name]) for name in WEIGHTS)
+    save(tmp_path / "run" / "checkpoints", 4, 1.5, weights=4)
+    assert checkpoint.find_model("run").step == 4
+
+
+@pytest.mark.parametrize(
+    ("url", "told"), [("run", "a run without a committed checkpoint"), ("none", "no checkpoint here: none/model.")]
+)
+def test_name_that_stands_for_no_weights_is_told(tmp_path, monkeypatch, url, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"^{url}: {told}"):
+        checkpoint.find_model(url)
+
+
 def test_model_folder_of_a_checkpoint_is_verified_by_the_manifest_above_it(tmp_path):
     model = save(tmp_path, 1) / "model"
     data = bytearray((model / "config.json").read_bytes())
@@ -329,6 +370,7 @@ def test_averages_are_read_verified(tmp_path):
         checkpoint.write_model(folder / part, {name: factor * value for name, value in WEIGHTS.items()}, FACTS)
     checkpoint.commit(folder, 1, 16, 2, None)
     averages, _ = checkpoint.read_model(str(folder / checkpoint.EMA))
+    assert checkpoint.find_model(str(folder)).sha256 != checkpoint.find_model(str(folder / checkpoint.EMA)).sha256
     assert all(torch.equal(averages[name], 3 * WEIGHTS[name]) for name in WEIGHTS)
     path = folder / checkpoint.EMA / "model.safetensors"
     data = bytearray(path.read_bytes())
