@@ -63,13 +63,14 @@ def table1(argv: Sequence[str] | None = None) -> int:
     from megascale.downstream import table1 as job
     from megascale.downstream.pool import CellJob
     from megascale.downstream.table import PAPER
-    from megascale.table_baselines import score_baselines
+    from megascale.table_baselines import check_recordings, score_baselines
     from megascale.table_embeddings import embedding_maps
     from megascale.table_page import write_table1_report
     from megascale.tasks import finetune as task
     from megascale.tasks.finetune_data import check_clips
 
     cell = CellJob(task.FinetuneConfig, task.check, check_clips, task.run)
+    baselines = job.BaselineJob(check_recordings, score_baselines)
 
     def run(config: job.Table1Config) -> None:
         def maps() -> list[tuple[Any, ...]]:
@@ -78,9 +79,9 @@ def table1(argv: Sequence[str] | None = None) -> int:
             found = embedding_maps(job.rows_of(config), job.checkpoints_of(config), config.map_recordings)
             return [(each.title, each.points_R2, each.classes) for each in found]
 
-        write_table1_report(config.output.url, job.run(config, cell, score_baselines), PAPER, maps)
+        write_table1_report(config.output.url, job.run(config, cell, baselines), PAPER, maps)
 
-    return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell), argv)
+    return _main("table1", job.Table1Config, run, lambda config: job.describe_plan(config, cell, baselines), argv)
 
 
 def watch(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,14 @@ def bag_of_codes(kbps: float) -> str:
     return f"{BAG_OF_CODES}, {kbps:g} kbps"
 
 
+def check_recordings(row: LabelledTokens) -> None:
+    """Look for the audio of every clip that the baselines will read. Raises DataError, StorageError: it is gone."""
+    manifest = read_manifest(row.url)
+    url_of = recording_urls(manifest)
+    for clip in taking_part(read_clips(row.url, manifest, 1), row.task):
+        _url_of(clip, url_of)
+
+
 def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Sequence[float]) -> dict[str, Any]:
     """Score every baseline; splits are drawn from the seeds, as the cells' are.
 
@@ -116,6 +124,10 @@ def recording_urls(manifest: Manifest) -> dict[str, str]:
 
 def read_audio(url_of: dict[str, str], clip: StoredClip) -> np.ndarray:
     """Read what was tokenised and no more: the rest of its recording may be what could not be read."""
+    return audio.read_clip(_url_of(clip, url_of), clip.start_seconds, clip.duration_seconds)
+
+
+def _url_of(clip: StoredClip, url_of: dict[str, str]) -> str:
     if clip.source not in url_of:
         raise DataError(f"{clip.source}: was tokenised, and is no longer among the recordings")
-    return audio.read_clip(url_of[clip.source], clip.start_seconds, clip.duration_seconds)
+    return url_of[clip.source]

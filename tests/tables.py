@@ -9,7 +9,7 @@ from megascale import run_folder
 from megascale.downstream.cells import Cell, LabelledTokens, paper_arms
 from megascale.downstream.pool import CellJob
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1 import _plan
+from megascale.downstream.table1 import BaselineJob, _plan
 from megascale.downstream.table1_config import CellsConfig, Table1Config
 
 CHECKPOINTS = {1.5: "run-1k5", 12.0: "run-12k"}
@@ -22,10 +22,13 @@ ROWS = [
 ]
 
 
-def write_inputs(folder: Path) -> dict[str, Any]:
-    """Write tokens that serve all three tasks, and a tiny encoder at each bitrate; return a table's config, as a tree."""
+def write_inputs(folder: Path, audio: str = "/nowhere") -> dict[str, Any]:
+    """Write tokens that serve all three tasks, said to be of `audio`, and a tiny encoder at each bitrate; return a table's
+    config, as a tree."""
     names = ("genre", "instrument_family_str", "class")
-    write_paced_tokens(folder / "tokens", 40, labels=lambda i: dict.fromkeys(names, ("low", "high")[i % 2]))
+    write_paced_tokens(
+        folder / "tokens", 40, labels=lambda i: dict.fromkeys(names, ("low", "high")[i % 2]), audio=audio
+    )
     for num_codebooks in (2, 16):
         write_pretrained(folder / f"q{num_codebooks}", num_codebooks)
     return {
@@ -37,9 +40,9 @@ def write_inputs(folder: Path) -> dict[str, Any]:
     }
 
 
-def finish_cells(config: Table1Config, job: CellJob) -> list[Path]:
+def finish_cells(config: Table1Config, job: CellJob, baselines: BaselineJob) -> list[Path]:
     """Leave what fine-tuning leaves of every cell, without the training; return where the results lie."""
-    plan, places = _plan(config, job), []
+    plan, places = _plan(config, job, baselines), []
     for cell, cell_config in zip(plan.cells, plan.configs, strict=True):
         folder = Path(cell_config.output.url)
         if run_folder.read_result(folder) is None:

@@ -6,7 +6,8 @@ handed in, because this file must not import a task.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megascale import run_folder, storage
@@ -28,7 +29,17 @@ from megascale.storage import StorageConfig
 TABLE = "table1.json"
 _NO_OTHER_TABLE = ("storage.", "cells.gpus_each")
 
-ScoreBaselines = Callable[[LabelledTokens, Sequence[int], Sequence[float]], dict[str, Any]]
+
+@dataclass(frozen=True)
+class BaselineJob:
+    """What scores one row's baselines, handed in because it reads audio.
+
+    check: raises what is wrong with the row's recordings. score: (row, seeds, bitrates in kbps) -> what `baselines` of the
+    table holds of it.
+    """
+
+    check: Callable[[LabelledTokens], Any]
+    score: Callable[[LabelledTokens, Sequence[int], Sequence[float]], dict[str, Any]]
 
 
 def rows_of(config: Table1Config) -> list[LabelledTokens]:
@@ -37,19 +48,22 @@ def rows_of(config: Table1Config) -> list[LabelledTokens]:
     return [LabelledTokens(name, getattr(config.data, name), getattr(config.tasks, name)) for name in names]
 
 
-def describe_plan(config: Table1Config, job: CellJob) -> str:
-    """Return what the job would do (`--dry-run`); writes nothing."""
+def describe_plan(config: Table1Config, job: CellJob, baselines: BaselineJob) -> str:
+    """Return what the job would do (`--dry-run`); writes nothing. Raises what is wrong with any input."""
     storage.configure(config.storage)
-    cells, rates = _plan(config, job).cells, len(config.cells.lrs)
+    cells, rates = _plan(config, job, baselines).cells, len(config.cells.lrs)
     return f"{len(cells)} fine-tuning runs ({len(cells) // rates} cells x {rates} rates) -> {config.output.url}"
 
 
-def _plan(config: Table1Config, job: CellJob) -> Plan:
-    arms = _arms(config)
-    return plan_cells(rows_of(config), arms, config.seeds, config.cells, config.output.url, config.storage, job)
+def _plan(config: Table1Config, job: CellJob, baselines: BaselineJob) -> Plan:
+    rows, arms = rows_of(config), _arms(config)
+    for row in rows if config.baselines else []:
+        if _known_baselines(row, config) is None:
+            baselines.check(row)
+    return plan_cells(rows, arms, config.seeds, config.cells, config.output.url, config.storage, job)
 
 
-def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> dict[str, Any]:
+def run(config: Table1Config, job: CellJob, baselines: BaselineJob) -> dict[str, Any]:
     """Make the paper's table; finished cells are not trained again, and a finished table of this config is not made again.
 
     Seeds, rates, rows and baselines may come and go between two starts: each cell compares its own config.
@@ -57,7 +71,7 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
     Args:
         config: the job.
         job: trains one cell.
-        score_baselines: (row, seeds, bitrates in kbps) -> what the cells are held against; where `baselines` is set.
+        baselines: scores what the cells are held against; where `baselines` is set.
 
     Returns:
         The table, as `table1.json` holds it.
@@ -73,16 +87,40 @@ def run(config: Table1Config, job: CellJob, score_baselines: ScoreBaselines) -> 
     if finished is not None and run_folder.is_config_of(path, config, _NO_OTHER_TABLE):
         say(f"{path / TABLE}: already done")
         return finished
-    plan = _plan(config, job)
+    plan = _plan(config, job, baselines)
     (path / TABLE).unlink(missing_ok=True)  # of another config, of which cells may be shared; they compare their own
     run_folder.write_config(path, config)
     rows = rows_of(config)
     table = choose(rows, train(plan, config.output.url, job, config.cells.gpus_each))
     table["checkpoints"] = {url: asdict(found) for url, found in plan.pins.items()}
     if config.baselines:
-        table["baselines"] = {row.name: score_baselines(row, config.seeds, BITRATES_KBPS) for row in rows}
+        table["baselines"] = {row.name: _baselines(row, config, baselines) for row in rows}
     write_table(table, config.output.url)
     return table
+
+
+def _baselines(row: LabelledTokens, config: Table1Config, baselines: BaselineJob) -> dict[str, Any]:
+    """Return a row's baselines, scored once: that reads all of its audio."""
+    known = _known_baselines(row, config)
+    if known is not None:
+        return known
+    scores = baselines.score(row, config.seeds, BITRATES_KBPS)
+    kept = {"of": _basis(row, config), "scores": scores}
+    storage.publish_bytes(str(_baselines_path(row, config)), json.dumps(kept, indent=1).encode())
+    return scores
+
+
+def _known_baselines(row: LabelledTokens, config: Table1Config) -> dict[str, Any] | None:
+    kept = run_folder.read_result(_baselines_path(row, config).parent, _baselines_path(row, config).name)
+    return kept["scores"] if kept is not None and kept["of"] == _basis(row, config) else None
+
+
+def _baselines_path(row: LabelledTokens, config: Table1Config) -> Path:
+    return storage.local_path(config.output.url) / "baselines" / f"{row.name}.json"
+
+
+def _basis(row: LabelledTokens, config: Table1Config) -> dict[str, Any]:
+    return {"url": row.url, "task": row.task.model_dump(mode="json"), "seeds": config.seeds}
 
 
 def train_cells(

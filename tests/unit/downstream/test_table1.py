@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import write_pretrained
+import soundfile
+from support import tone, write_pretrained
 from tables import finish_cells, write_inputs
 
 from megascale.config import validate
@@ -17,13 +18,14 @@ from megascale.downstream.table1 import _plan
 from megascale.downstream.table1_config import Table1Config
 from megascale.downstream.watch import WatchConfig
 from megascale.errors import CheckpointError, ConfigError, DataError, MegascaleError
-from megascale.table_baselines import score_baselines
+from megascale.table_baselines import CHANCE, LOG_MEL, check_recordings, score_baselines
 from megascale.tasks import finetune
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.finetune_data import check_clips
 from megascale.train import checkpoint
 
 JOB = CellJob(FinetuneConfig, finetune.check, check_clips, finetune.run)
+BASELINES = table1.BaselineJob(check_recordings, score_baselines)
 
 
 @pytest.fixture
@@ -38,8 +40,8 @@ def config_of(tree: dict[str, Any], **changes: Any) -> Table1Config:
 def make(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Make a table whose cells are all finished."""
     config = config_of(tree, **changes)
-    finish_cells(config, JOB)
-    return table1.run(config, JOB, score_baselines)
+    finish_cells(config, JOB, BASELINES)
+    return table1.run(config, JOB, BASELINES)
 
 
 def times(places: list[Path]) -> dict[Path, int]:
@@ -59,7 +61,7 @@ def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
     for output, refused in ((url, not kept), (str(tmp_path / "t"), False)):
         tree = {"data": data, "checkpoints": {"1k5": "none", "12k": "none"}, "output": {"url": output}}
         with pytest.raises(MegascaleError, match=lost if refused else "none"):
-            table1.run(validate(Table1Config, "table1", tree), JOB, score_baselines)
+            table1.run(validate(Table1Config, "table1", tree), JOB, BASELINES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +75,7 @@ def test_relative_output_is_refused_only_in_rays_copy_of_the_working_directory(
 )
 def test_what_is_wrong_with_the_clips_of_any_task_is_found_before_anything_is_written(tree, task, told):
     config = config_of(tree, tasks={"music_speech": task})
-    for start in (lambda: table1.describe_plan(config, JOB), lambda: table1.run(config, JOB, score_baselines)):
+    for start in (lambda: table1.describe_plan(config, JOB, BASELINES), lambda: table1.run(config, JOB, BASELINES)):
         with pytest.raises(DataError, match=told):
             start()
     assert not Path(config.output.url).exists()
@@ -97,10 +99,10 @@ def test_finished_table_is_not_made_again(tree, changes, capsys):
     table = make(tree)
     written = Path(tree["output"]["url"], table1.TABLE)
     before = times([written])
-    assert table1.run(config_of(tree, **changes), JOB, score_baselines) == json.loads(json.dumps(table))
+    assert table1.run(config_of(tree, **changes), JOB, BASELINES) == json.loads(json.dumps(table))
     assert "already done" in capsys.readouterr().err
     more_gpus = config_of(tree, cells=tree["cells"] | {"gpus_each": 0.5})
-    table1.run(more_gpus, JOB, score_baselines)
+    table1.run(more_gpus, JOB, BASELINES)
     assert times([written]) == before
 
 
@@ -109,7 +111,7 @@ def test_finished_table_is_not_made_again(tree, changes, capsys):
 )
 def test_what_is_added_to_a_finished_table_costs_no_cell_that_is_there(tree, changes):
     make(tree)
-    cells = finish_cells(config_of(tree), JOB)
+    cells = finish_cells(config_of(tree), JOB, BASELINES)
     before = times(cells)
     changes = changes | {"cells": tree["cells"] | changes.get("cells", {})}
     table = make(tree, **changes)
@@ -125,23 +127,60 @@ def test_table_that_was_left_over_from_another_config_is_not_taken_for_this_ones
     """The job was killed between its config and its table."""
     make(tree)
     config = config_of(tree, seeds=[0, 1])
-    cells = finish_cells(config, JOB)
+    cells = finish_cells(config, JOB, BASELINES)
     lost = cells[-1].read_bytes()
     cells[-1].write_text("broken")
     with pytest.raises(DataError, match="broken; delete it"):
-        table1.run(config, JOB, score_baselines)
+        table1.run(config, JOB, BASELINES)
     cells[-1].write_bytes(lost)
-    assert {len(summary["seeds"]) for summary in table1.run(config, JOB, score_baselines)["summary"]} == {2}
+    assert {len(summary["seeds"]) for summary in table1.run(config, JOB, BASELINES)["summary"]} == {2}
 
 
 def test_cells_of_another_budget_are_refused_by_name_and_the_table_stays(tree):
     make(tree)
     before = times(list(Path(tree["output"]["url"]).rglob("*.json")))
     other = config_of(tree, cells={"lrs": [1e-3], "finetune": {"train": {"epochs": 9}}})
-    for start in (lambda: table1.describe_plan(other, JOB), lambda: table1.run(other, JOB, score_baselines)):
+    for start in (lambda: table1.describe_plan(other, JOB, BASELINES), lambda: table1.run(other, JOB, BASELINES)):
         with pytest.raises(ConfigError, match=r"finetune.train.epochs=9: the run in .*/cells/gtzan-1.5kbps-scratch-"):
             start()
     assert times(list(before)) == before
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+
+def write_audio(folder: Path) -> None:
+    folder.mkdir()
+    for i in range(40):
+        soundfile.write(folder / f"{i:04d}.wav", tone(1.0, 24_000, (150, 1500)[i % 2], seed=i), 24_000)
+
+
+@pytest.mark.parametrize("lost", ["0017.wav", "."])
+def test_audio_that_baselines_need_is_looked_for_before_anything_is_written(tmp_path, lost):
+    tree = write_inputs(tmp_path, str(tmp_path / "audio")) | {"baselines": True}
+    write_audio(tmp_path / "audio")
+    assert table1.describe_plan(config_of(tree), JOB, BASELINES).startswith("18 fine-tuning runs")
+    if lost == ".":
+        shutil.rmtree(tmp_path / "audio")
+    else:
+        (tmp_path / "audio" / lost).unlink()
+    told = f"{tmp_path}/audio: no such folder" if lost == "." else "0017.wav: was tokenised, and is no longer among the"
+    for start in (table1.describe_plan, table1.run):
+        with pytest.raises(MegascaleError, match=f"^{told}"):
+            start(config_of(tree), JOB, BASELINES)
+    assert not Path(tree["output"]["url"]).exists()
+    assert make(tree, baselines=False)["baselines"] == {}
+
+
+def test_baselines_are_scored_once_for_the_same_splits(tmp_path):
+    tree = write_inputs(tmp_path, str(tmp_path / "audio")) | {"baselines": True}
+    write_audio(tmp_path / "audio")
+    found = make(tree)["baselines"]
+    assert all(scores[LOG_MEL]["accuracy"] == 1.0 and scores[CHANCE]["accuracy"] < 0.8 for scores in found.values())
+    shutil.rmtree(tmp_path / "audio")
+    assert make(tree, cells=tree["cells"] | {"lrs": [1e-3, 1e-2]})["baselines"] == json.loads(json.dumps(found))
+    with pytest.raises(MegascaleError, match="no such folder"):
+        make(tree, seeds=[0, 1])
 
 
 # ------------------------------------------------------------------------------------------------- one encoder a table
@@ -163,7 +202,11 @@ def test_table_keeps_to_the_checkpoint_it_began_with_when_a_run_that_goes_on_has
     save(run, 2, 2.0)
     make(tree, seeds=[0, 1])
     config = config_of(tree, seeds=[0, 1])
-    own = {finetuned.checkpoint for finetuned in _plan(config, JOB).configs if finetuned.data.bitrate_kbps == 1.5}
+    own = {
+        finetuned.checkpoint
+        for finetuned in _plan(config, JOB, BASELINES).configs
+        if finetuned.data.bitrate_kbps == 1.5
+    }
     begun = f"{run}/checkpoints/step-00000001"
     assert own == {begun} and table1.checkpoints_of(config)[1.5] == begun
     digest = hashlib.sha256(Path(begun, "model", "model.safetensors").read_bytes()).hexdigest()
