@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megascale import storage
-from megascale.downstream.intervals import with_interval
+from megascale.downstream.intervals import INTERVAL_TEXT, with_interval
 from megascale.log import read_metrics, say
 from megascale.tokens import FRAMES_PER_SECOND, SAMPLE_RATE_HZ
 
@@ -222,8 +222,7 @@ def add_table(page: Page, table: dict[str, Any], paper: dict[str, Any], baseline
     rows += _baseline_rows(baselines.get(previous or "", {}), bool(paper))
     page.table(header, rows, text_columns=2)
     page.text(
-        "Percent, 95% interval in brackets: Wilson's over the test recordings where there is one seed, Student's t "
-        "over seeds otherwise. Learning rates were chosen on the validation split, for every arm from the same grid."
+        f"Percent, {INTERVAL_TEXT}. Learning rates were chosen on the validation split, for every arm from the same grid."
         + (" ▲ ▼: the paper's figure lies outside the interval, and ours is above or below it." if paper else "")
     )
 

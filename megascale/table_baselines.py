@@ -13,7 +13,7 @@ import numpy as np
 from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
 from megascale.downstream import baselines
 from megascale.downstream.cells import LabelledTokens
-from megascale.downstream.intervals import interval
+from megascale.downstream.intervals import summarise
 from megascale.downstream.protocols import SPLITS, classes_of, split_clips, taking_part
 from megascale.downstream.scores import score
 from megascale.errors import DataError
@@ -78,21 +78,14 @@ def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Se
             found[name].append(baselines.logistic_regression(features_of, targets, known.classes))
         most = np.bincount(targets["train"]).argmax()
         found[CHANCE].append(score(targets["test"], np.full_like(targets["test"], most), known.classes))
-    summary = {name: _summary(results, seeds) for name, results in found.items()}
+    summary = {
+        name: summarise(results)
+        | {"seeds": [{"seed": seed, **result} for seed, result in zip(seeds, results, strict=True)]}
+        for name, results in found.items()
+    }
     for kbps in bitrates_kbps:
         summary[bag_of_codes(kbps)]["bitrate_kbps"] = kbps
     return summary
-
-
-def _summary(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    low, high = interval(results)
-    return {
-        "accuracy": float(np.mean([r["accuracy"] for r in results])),
-        "accuracy_ci95": [low, high],
-        "macro_f1": float(np.mean([r["macro_f1"] for r in results])),
-        "count": results[0]["count"],
-        "seeds": [{"seed": seed, **result} for seed, result in zip(seeds, results, strict=True)],
-    }
 
 
 def _recordings(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megascale.downstream.intervals import with_interval
+from megascale.downstream.intervals import INTERVAL_TEXT, with_interval
 from megascale.report import Page, printable
 
 
@@ -28,7 +28,7 @@ def write_watch_report(folder_url: str, curve: dict[str, Any]) -> None:
         for point in sorted(points, key=lambda point: (point["task"], point["step"] or 0))
     ]
     page.table(["task", "pretraining steps", "accuracy", "macro-F1", "seeds", "n"], rows, text_columns=2)
-    page.text("Percent, 95% interval in brackets, on the test split. No choice is made by it.")
+    page.text(f"Percent on the test split, {INTERVAL_TEXT}. No choice is made by it.")
     page.write()
 
 

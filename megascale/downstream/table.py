@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megascale.downstream.cells import Cell, LabelledTokens
-from megascale.downstream.intervals import interval, with_interval
+from megascale.downstream.intervals import summarise, with_interval
 from megascale.downstream.table1_config import BITRATES_KBPS
 
 _SAME_SPLIT = ("official", "lists")  # protocols whose split no seed draws
@@ -54,8 +54,7 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
         chosen = [result for of_split in splits.values() for result in _best(of_split)]
         for result in chosen:
             cells.append({"task": task.name, **result, "arm": arm})
-        low, high = interval(chosen)
-        paper = _paper(task.name, arm, kbps)
+        paper, scores = _paper(task.name, arm, kbps), summarise(chosen)
         summary.append(
             {
                 "task": task.name,
@@ -64,12 +63,9 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
                 "seeds": [r["seed"] for r in chosen],
                 "lrs": [r["lr"] for r in chosen],
                 "lrs_tried": sorted({c.lr for c, _ in group}),
-                "accuracy": float(np.mean([r["accuracy"] for r in chosen])),
-                "accuracy_ci95": [low, high],
-                "macro_f1": float(np.mean([r["macro_f1"] for r in chosen])),
-                "count": chosen[0]["count"],
+                **scores,
                 "paper": paper,
-                "against_paper": _against(paper, low, high),
+                "against_paper": _against(paper, *scores["accuracy_ci95"]),
             }
         )
     return {"cells": cells, "summary": summary, "baselines": {}}

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays
 from megascale.config import Section, validate
-from megascale.downstream.intervals import interval
+from megascale.downstream.intervals import summarise
 from megascale.downstream.pool import CellJob, Pool
 from megascale.downstream.protocols import TaskConfig, refuse_several_labels
 from megascale.errors import ConfigError, MegascaleError
@@ -214,18 +213,8 @@ class _Watch:
         points = []
         for step, task in sorted({(step, task) for step, task, _ in self._results}):
             found = [r for (s, t, _), r in sorted(self._results.items()) if (s, t) == (step, task)]
-            low, high = interval(found)
-            points.append(
-                {
-                    "step": None if step == SCRATCH else step,
-                    "task": task,
-                    "accuracy": float(np.mean([r["accuracy"] for r in found])),
-                    "accuracy_ci95": [low, high],
-                    "macro_f1": float(np.mean([r["macro_f1"] for r in found])),
-                    "seeds": [r["seed"] for r in found],
-                    "count": found[0]["count"],
-                }
-            )
+            point = {"step": None if step == SCRATCH else step, "task": task, "seeds": [r["seed"] for r in found]}
+            points.append(point | summarise(found))
         return {"run": self.config.run, "arm": self.config.arm, "points": points, "waiting": len(self.pool)}
 
     def _write(self) -> None:
