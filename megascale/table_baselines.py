@@ -31,12 +31,11 @@ CHANCE = "chance"
 class _Recordings:
     """Recordings of a labelled corpus, by name in order of appearance, with what is known of each.
 
-    targets_R: class numbers. features: by the baseline's name, (R, K).
+    labels_R: the class of each. features: by the baseline's name, (R, K).
     """
 
     names: list[str]
-    classes: list[str]
-    targets_R: np.ndarray
+    labels_R: np.ndarray
     features: dict[str, np.ndarray]
 
 
@@ -72,12 +71,14 @@ def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Se
     for seed in seeds:
         splits = split_clips(clips, row.task, seed)
         rows = {side: np.array(sorted({place[clips[i].recording] for i in splits[side]})) for side in SPLITS}
-        targets = {side: known.targets_R[own] for side, own in rows.items()}
+        # of what is divided alone, as the cells' are; sorted, so that a class's place is its number
+        classes = classes_of([clips[i] for members in splits.values() for i in members], row.task)
+        targets = {side: np.searchsorted(classes, known.labels_R[own]) for side, own in rows.items()}
         for name, features in known.features.items():
             features_of = {side: features[own] for side, own in rows.items()}
-            found[name].append(baselines.logistic_regression(features_of, targets, known.classes))
+            found[name].append(baselines.logistic_regression(features_of, targets, classes))
         most = np.bincount(targets["train"]).argmax()
-        found[CHANCE].append(score(targets["test"], np.full_like(targets["test"], most), known.classes))
+        found[CHANCE].append(score(targets["test"], np.full_like(targets["test"], most), classes))
     summary = {
         name: summarise(results)
         | {"seeds": [{"seed": seed, **result} for seed, result in zip(seeds, results, strict=True)]}
@@ -91,7 +92,7 @@ def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Se
 def _recordings(
     row: LabelledTokens, manifest: Manifest, clips: Sequence[StoredClip], bitrates_kbps: Sequence[float]
 ) -> _Recordings:
-    classes, url_of = classes_of(clips, row.task), recording_urls(manifest)
+    url_of = recording_urls(manifest)
     windows: dict[str, list[StoredClip]] = {}
     for clip in clips:
         windows.setdefault(clip.recording, []).append(clip)
@@ -105,8 +106,8 @@ def _recordings(
             features.setdefault(bag_of_codes(kbps), []).append(bag)
         progress.update(done)
     progress.close()
-    targets_R = np.array([classes.index(str(of_one[0].labels[row.task.label])) for of_one in windows.values()])
-    return _Recordings(list(windows), classes, targets_R, {name: np.stack(rows) for name, rows in features.items()})
+    labels_R = np.array([str(of_one[0].labels[row.task.label]) for of_one in windows.values()])
+    return _Recordings(list(windows), labels_R, {name: np.stack(rows) for name, rows in features.items()})
 
 
 def recording_urls(manifest: Manifest) -> dict[str, str]:
