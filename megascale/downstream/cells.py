@@ -22,10 +22,12 @@ from megascale.storage import StorageConfig
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of row: fine-tuning's arm, and its checkpoint at each bitrate (kbps)."""
+    """One kind of row: fine-tuning's arm, its checkpoint at each bitrate (kbps; for `scratch` it gives the shape alone), and
+    the language model that new weights begin as."""
 
     arm: str
     checkpoints: dict[float, str]
+    init_from: str | None = None
 
 
 Arms = dict[str, Arm]  # by the row's name
@@ -116,6 +118,8 @@ def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str)
     tree: dict[str, Any] = json.loads(json.dumps(budget.finetune))
     tree.setdefault("optim", {})["lr"] = cell.lr
     arm = arms[cell.arm]
+    if arm.init_from is not None:
+        tree["model"] = {"init_from": arm.init_from}
     return tree | {
         "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
         "task": cell.task.task.model_dump(),

@@ -152,10 +152,13 @@ def checkpoints_of(config: Table1Config) -> dict[float, str]:
 
 
 def _arms(config: Table1Config) -> Arms:
-    return paper_arms(_by_bitrate(config.checkpoints)) | {
-        name: Arm(further.arm, _by_bitrate(further)) for name, further in config.further.items()
+    shapes = _by_bitrate(config.checkpoints)
+    return paper_arms(shapes) | {
+        name: Arm(further.arm, shapes if further.arm == "scratch" else _by_bitrate(further), further.init_from)
+        for name, further in config.further.items()
     }
 
 
 def _by_bitrate(config: CheckpointsConfig | FurtherArmConfig) -> dict[float, str]:
-    return dict(zip(BITRATES_KBPS, (config.kbps_1k5, config.kbps_12k), strict=True))
+    urls = zip(BITRATES_KBPS, (config.kbps_1k5, config.kbps_12k), strict=True)
+    return {kbps: url for kbps, url in urls if url is not None}

@@ -32,9 +32,26 @@ class CheckpointsConfig(Section):
 class FurtherArmConfig(Section):
     """One more row for each corpus."""
 
-    arm: Literal["probe", "ft", "ft_aug"] = Field("ft", description="how its checkpoints are fine-tuned")
-    kbps_1k5: str = Field(alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
-    kbps_12k: str = Field(alias="12k", description="pretraining run or checkpoint at 12 kbps")
+    arm: Literal["scratch", "probe", "ft", "ft_aug"] = Field(
+        "ft", description="how its checkpoints are fine-tuned; scratch: not pretrained on audio, begins as init_from"
+    )
+    kbps_1k5: str | None = Field(None, alias="1k5", description="pretraining run or checkpoint at 1.5 kbps")
+    kbps_12k: str | None = Field(None, alias="12k", description="pretraining run or checkpoint at 12 kbps")
+    init_from: str | None = Field(
+        None,
+        description="arm=scratch: hf:FOLDER_OR_ID of a language model of the shape of `checkpoints`, as model.init_from",
+    )
+
+    @model_validator(mode="after")
+    def _has_first_weights(self) -> "FurtherArmConfig":
+        urls = {"1k5": self.kbps_1k5, "12k": self.kbps_12k, "init_from": self.init_from}
+        needed = ("init_from",) if self.arm == "scratch" else ("1k5", "12k")
+        for name, url in urls.items():
+            if (url is not None) != (name in needed):
+                raise ValueError(
+                    f"arm={self.arm} needs {' and '.join(needed)}, and nothing else of 1k5, 12k, init_from"
+                )
+        return self
 
 
 class TasksConfig(Section):

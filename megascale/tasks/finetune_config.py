@@ -83,7 +83,7 @@ class FinetuneConfig(Section):
         "a week without use. For scratch it only gives the shape",
     )
     model: ModelConfig = Field(
-        ModelConfig(), description="the model's shape and first weights, for scratch without a checkpoint"
+        ModelConfig(), description="scratch: the model's shape, if no checkpoint gives it, and first weights"
     )
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
     optim: FinetuneOptimConfig = Field(FinetuneOptimConfig(lr=1e-4), description="optimizer and schedule")
@@ -97,8 +97,8 @@ class FinetuneConfig(Section):
     def _first_weights_agree(self) -> "FinetuneConfig":
         if self.arm != "scratch" and self.checkpoint is None:
             raise ValueError(f"checkpoint is required for arm={self.arm}")
-        if self.checkpoint is not None and self.model.init_from is not None:
-            raise ValueError("checkpoint and model.init_from are two first weights; set one")
+        if self.arm != "scratch" and self.model.init_from is not None:
+            raise ValueError("checkpoint and model.init_from are two first weights; model.init_from is for arm=scratch")
         return self
 
     @model_validator(mode="after")

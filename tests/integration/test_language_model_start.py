@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning whose first weights are a language model's."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import command, run
+from support import write_paced_tokens
 
 from megascale.model.config import ModelConfig
 from megascale.train import checkpoint
@@ -80,5 +82,38 @@ def test_fine_tuning_without_a_checkpoint_may_begin_as_a_language_model(tokens, 
     first = f"model.init_from=hf:{language_model}"
     run(command("finetune.py", *shared, first, "checkpoint=null", f"output.url={tmp_path / 'run'}"))
     assert_begun_as(language_model, kept(tmp_path / "run"))
-    both = command("finetune.py", *shared, first, f"checkpoint={tmp_path / 'run'}", f"output.url={tmp_path / 'other'}")
-    assert "checkpoint and model.init_from are two first weights" in run(both, exit_code=2)
+    # a checkpoint may give the shape, and nothing else
+    shared = [word for word in shared if word not in shape]
+    both = [*shared, first, f"checkpoint={tmp_path / 'run'}", f"output.url={tmp_path / 'other'}"]
+    assert "two first weights; model.init_from is for arm=scratch" in run(
+        command("finetune.py", *both, "arm=ft"), exit_code=2
+    )
+    run(command("finetune.py", *both))
+    assert_begun_as(language_model, kept(tmp_path / "other"))
+
+
+def test_one_table_compares_scratch_the_language_model_and_pretraining_on_audio_from_either(tmp_path):
+    names = ("genre", "instrument_family_str", "class")
+    write_paced_tokens(tmp_path / "tokens", 40, labels=lambda i: dict.fromkeys(names, ("low", "high")[i % 2]))
+    init_from = language_models.write(tmp_path / "lm", SHAPE)
+    for kbps in (1.5, 12):
+        for name, first in (("audio", "null"), ("lm-audio", init_from)):
+            bitrate = ("train.steps=2", f"data.bitrate_kbps={kbps}")
+            run(pretrain(tmp_path / "tokens", tmp_path / f"{name}-{kbps:g}", first, *bitrate))
+    recipe, places = "configs/table1/language_model.yaml", []
+    for name in ("gtzan", "nsynth", "music_speech"):
+        places.append(f"data.{name}={tmp_path / 'tokens'}")
+    for key, name in (("checkpoints", "audio"), ("further.language_model_audio", "lm-audio")):
+        places += [f"{key}.1k5={tmp_path / f'{name}-1.5'}", f"{key}.12k={tmp_path / f'{name}-12'}"]
+    small = ["seeds=[0]", "cells.lrs=[1e-3]", "cells.gpus_each=0", "cells.finetune.train.epochs=1", "map_recordings=0"]
+    small += ["cells.finetune.zero={stage: 0}", f"further.language_model.init_from={init_from}"]
+    run(command("table1.py", recipe, *places, *small, f"output.url={tmp_path / 'table'}"))
+    table = json.loads((tmp_path / "table" / "table1.json").read_text())
+    rows = ["scratch", "ft", "ft_aug", "language_model", "language_model_audio"]
+    assert [s["arm"] for s in table["summary"] if (s["task"], s["bitrate_kbps"]) == ("gtzan", 12)] == rows
+    assert len(table["summary"]) == 3 * len(rows) * 2
+    begun = {cell["arm"]: cell["checkpoint"] for cell in table["cells"] if cell["bitrate_kbps"] == 12}
+    assert begun["scratch"] is None and begun["language_model"] is None
+    assert "/lm-audio-12/checkpoints/" in begun["language_model_audio"] and "/audio-12/checkpoints/" in begun["ft"]
+    told = [(tmp_path / "table" / "cells" / f"gtzan-12kbps-{row}-seed0-lr0.001" / "predictions.csv") for row in rows]
+    assert len({path.read_text() for path in told}) == len(rows), "each begins with weights of its own"

@@ -3,16 +3,20 @@
 import itertools
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tables import BUDGET, CHECKPOINTS, LRS, PAPERS, ROWS
 
-from megascale.config import validate
+from megascale.config import load_config, validate
 from megascale.downstream.cells import Arm, _finetune_tree, cells_of
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, Table1Config
 from megascale.errors import ConfigError
 from megascale.tasks.finetune import FinetuneConfig
+from megascale.tasks.pretrain_config import PretrainConfig
+
+RECIPES = Path(__file__).parents[3] / "configs"
 
 
 def trees(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
@@ -86,3 +90,49 @@ def test_further_arm_needs_a_name_of_its_own_that_a_folder_can_have(name):
     tree |= {"checkpoints": {"1k5": "a", "12k": "b"}, "further": {name: {"1k5": "a", "12k": "b"}}}
     with pytest.raises(ConfigError, match=f"further.{name}: a name of letters"):
         validate(Table1Config, "table1", tree)
+
+
+@pytest.mark.parametrize(
+    ("further", "told"),
+    [
+        ({"arm": "scratch"}, "arm=scratch needs init_from"),
+        ({"arm": "scratch", "init_from": "hf:lm", "1k5": "a"}, "arm=scratch needs init_from, and nothing else"),
+        ({"1k5": "a"}, "arm=ft needs 1k5 and 12k"),
+        ({"1k5": "a", "12k": "b", "init_from": "hf:lm"}, "arm=ft needs 1k5 and 12k, and nothing else"),
+    ],
+)
+def test_further_arm_has_one_kind_of_first_weights(further, told):
+    tree = {"data": dict.fromkeys(("gtzan", "nsynth", "music_speech"), "t"), "output": {"url": "o"}}
+    tree |= {"checkpoints": {"1k5": "a", "12k": "b"}, "further": {"lm": further}}
+    with pytest.raises(ConfigError, match=rf"^table1.further.lm: {told}"):
+        validate(Table1Config, "table1", tree)
+
+
+def test_language_models_arm_begins_as_it_and_differs_from_scratch_in_nothing_else():
+    arms = PAPERS | {"lm": Arm("scratch", CHECKPOINTS, "hf:lm")}
+    cells = {c.arm: c for c in cells_of(ROWS[:1], arms, (0,), BUDGET) if (c.bitrate_kbps, c.lr) == (12.0, 1e-3)}
+    scratch, lm = (
+        validate(FinetuneConfig, "finetune", _finetune_tree(cells[name], arms, BUDGET, "out")).model_dump()
+        for name in ("scratch", "lm")
+    )
+    assert lm.pop("output") != scratch.pop("output")
+    assert lm == scratch | {"model": scratch["model"] | {"init_from": "hf:lm"}}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("table1/*.yaml")), ids=lambda path: path.stem)
+def test_recipe_in_the_repository_is_valid(path):
+    assert load_config(Table1Config, "table1", str(path)).cells.lrs
+
+
+def test_language_models_recipe_is_the_papers_but_for_first_weights_and_rate():
+    overrides = {"1k5": [], "12k": ["data.bitrate_kbps=12", "train.micro_batch=32"]}
+    for name, more in overrides.items():
+        begun, paper = (
+            load_config(PretrainConfig, "pretrain", str(RECIPES / "pretrain" / f"{recipe}.yaml"), given).model_dump()
+            for recipe, given in (("from_language_model", more), (f"paper_{name}", []))
+        )
+        assert (
+            begun["model"].pop("init_from") == "hf:EuroBERT/EuroBERT-210m" and paper["model"].pop("init_from") is None
+        )
+        assert begun["optim"].pop("lr") < paper["optim"].pop("lr") and begun.pop("output") != paper.pop("output")
+        assert begun == paper
