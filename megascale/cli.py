@@ -89,17 +89,18 @@ def watch(argv: Sequence[str] | None = None) -> int:
     from megascale import watch_page
     from megascale.downstream import watch as job
     from megascale.downstream.pool import CellJob
+    from megascale.downstream.watch_config import WatchConfig
     from megascale.tasks import finetune as task
     from megascale.tasks.finetune_data import check_clips
 
     cell = CellJob(task.FinetuneConfig, task.check, check_clips, task.run)
 
-    def run(config: job.WatchConfig) -> None:
+    def run(config: WatchConfig) -> None:
         curve = job.run(config, cell, lambda curve: watch_page.write_watch_report(config.output.url, curve))
         steps = len({point["step"] for point in curve["points"]} - {None})
         say(f"{steps} checkpoints evaluated -> {config.output.url}/{job.CURVE}, {config.output.url}/report.html")
 
-    return _main("watch", job.WatchConfig, run, lambda config: job.describe_plan(config, cell), argv)
+    return _main("watch", WatchConfig, run, lambda config: job.describe_plan(config, cell), argv)
 
 
 def predict(argv: Sequence[str] | None = None) -> int:

@@ -1,87 +1,39 @@
 """Downstream accuracy over the course of pretraining: while a run goes on, every Nth of its checkpoints is fine-tuned and
 scored, beside classifiers that were trained from scratch.
 
-A checkpoint's model is copied as soon as it is seen, so that it may be pruned while its classifiers wait for a GPU.
+A checkpoint's model is copied as soon as it is seen, so that it may be pruned while its classifiers wait for a GPU; the copy
+goes when all of them are trained.
 """
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any
 
 from megascale import run_folder, storage
 from megascale.cluster import check_stays
-from megascale.config import Section, validate
+from megascale.config import validate
 from megascale.downstream.intervals import summarise
 from megascale.downstream.pool import CellJob, Pool
-from megascale.downstream.protocols import TaskConfig, refuse_several_labels
+from megascale.downstream.watch_config import WatchConfig
 from megascale.errors import ConfigError, MegascaleError
 from megascale.log import say
 from megascale.model.config import ModelConfig
 from megascale.stopping import StopSignal
-from megascale.storage import StorageConfig
 from megascale.tokens import KBPS_PER_CODEBOOK
 from megascale.train.checkpoint import read_model, write_model
 from megascale.train.manifest import CHECKPOINTS, list_checkpoints
 
 CURVE = "watch.json"
 _COPIES = "models"
-_BUDGET = ("train", "optim", "drop", "zero")
 SCRATCH = -1  # the step of classifiers that start from new weights
 
 Key = tuple[int, str, int]  # step, task, seed
 Curve = dict[str, Any]
-
-
-class WatchTaskConfig(Section):
-    """One labelled corpus."""
-
-    url: str = Field(description="its token folder")
-    task: TaskConfig = Field(description="what is classified, and how the clips are split")
-
-
-class WatchOutputConfig(Section):
-    """Where the curve goes."""
-
-    url: str = Field(description="folder for watch.json, the page and the runs, on a local or shared disk")
-
-
-class WatchConfig(Section):
-    """Everything `launch/watch.py` needs."""
-
-    run: str = Field(description="the pretraining run, or the URL that it uploads its checkpoints to")
-    output: WatchOutputConfig = Field(description="where the curve goes")
-    tasks: dict[str, WatchTaskConfig] = Field(min_length=1, description="labelled corpora by name")
-    every: int = Field(1, ge=1, description="checkpoints are evaluated whose step is a multiple of this")
-    follow: bool = Field(
-        True, description="wait for new checkpoints until the run is finished; false: take those there are"
-    )
-    poll_seconds: float = Field(30, gt=0, description="time between two looks at the run")
-    arm: Literal["probe", "ft", "ft_aug"] = Field("ft", description="how a checkpoint is fine-tuned")
-    finetune: dict[str, Any] = Field(
-        {}, description="sections train, optim, drop and zero of a finetune config, the same for every checkpoint"
-    )
-    gpus_each: float = Field(0, ge=0, description="GPUs per classifier; 0 trains on CPUs, one thread each")
-    seeds: list[int] = Field([0], min_length=1, description="one classifier per seed; splits are drawn from it too")
-    storage: StorageConfig = Field(StorageConfig(), description="object stores")
-
-    @field_validator("finetune")
-    @classmethod
-    def _is_a_budget(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        for name in tree:
-            if name not in _BUDGET:
-                raise ValueError(f"finetune.{name}: is set here; only {', '.join(_BUDGET)} may stand in it")
-        return tree
-
-    @model_validator(mode="after")
-    def _has_accuracies(self) -> "WatchConfig":
-        refuse_several_labels((f"tasks.{name}.task", labelled.task) for name, labelled in self.tasks.items())
-        return self
 
 
 def describe_plan(config: WatchConfig, job: CellJob) -> str:
@@ -159,11 +111,15 @@ class _Watch:
 
     def _begin_new(self) -> bool:
         """Start the classifiers of checkpoints that were not there before; return whether finished ones were found."""
-        grew = False
-        for step, url in sorted((dict.fromkeys(_copied(self.path), "") | _committed(self.config)).items()):
+        grew = SCRATCH not in self._known and self._take_finished(SCRATCH)
+        found = dict.fromkeys((*_copied(self.path), *_evaluated(self.path)), "") | _committed(self.config)
+        for step, url in sorted(found.items()):
             if step in self._known:
                 continue
-            copy = self.path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one
+            if SCRATCH in self._known and self._take_finished(step):
+                grew = True
+                continue
+            copy = _copy_of(self.path, step)
             try:
                 _copy_model(url, copy)
             except MegascaleError:
@@ -174,11 +130,32 @@ class _Watch:
                 )
                 continue
             _check(self.config, str(copy), self.job)
-            first = not self._known
-            self._known.add(step)
-            for each in (SCRATCH, step) if first else (step,):
+            for each in (step,) if SCRATCH in self._known else (SCRATCH, step):
+                self._known.add(each)
                 grew |= self._begin(each, copy)
+            self._drop_copy(step)
         return grew
+
+    def _take_finished(self, step: int) -> bool:
+        """Take the results of a step whose classifiers were all trained; their checkpoint is not needed any more."""
+        found = {
+            key: run_folder.read_result(storage.local_path(_run_url(self.config, *key))) for key in self._keys(step)
+        }
+        whole = {key: result for key, result in found.items() if result is not None}
+        if len(whole) < len(found):
+            return False
+        self._results |= whole
+        self._known.add(step)
+        self._drop_copy(step)
+        return True
+
+    def _keys(self, step: int) -> list[Key]:
+        return list(itertools.product((step,), self.config.tasks, self.config.seeds))
+
+    def _drop_copy(self, step: int) -> None:
+        """Delete a checkpoint's copy, if every classifier of it is trained."""
+        if self._results.keys() >= set(self._keys(step)):
+            shutil.rmtree(_copy_of(self.path, step), ignore_errors=True)
 
     def _begin(self, step: int, copy: Path) -> bool:
         found = False
@@ -198,6 +175,8 @@ class _Watch:
             what = "from scratch" if step == SCRATCH else f"step {step}"
             say(f"{what}, {task}, seed {seed}: accuracy {result['accuracy']:.3f}")
         self._results |= finished
+        for step in {step for step, _, _ in finished} - {SCRATCH}:
+            self._drop_copy(step)
         return bool(finished)
 
     def _pause(self) -> None:
@@ -229,7 +208,7 @@ def _finished(config: WatchConfig, path: Path) -> Curve | None:
     curve = run_folder.read_result(path, CURVE)
     if curve is None or curve["waiting"] or not _is_over(config):
         return None
-    steps = {SCRATCH, *_committed(config), *_copied(path)}
+    steps = {SCRATCH, *_committed(config), *_copied(path), *_evaluated(path)}
     if {SCRATCH if point["step"] is None else point["step"] for point in curve["points"]} != steps:
         return None
     runs = [_run_url(config, *key) for key in itertools.product(steps, config.tasks, config.seeds)]
@@ -248,6 +227,15 @@ def _run_url(config: WatchConfig, step: int, task: str, seed: int) -> str:
 def _copied(path: Path) -> list[int]:
     """Return the steps whose models an earlier start copied; their checkpoints may be pruned by now."""
     return sorted(int(copy.parent.name) for copy in path.glob(f"{_COPIES}/*/config.json"))
+
+
+def _evaluated(path: Path) -> set[int]:
+    """Return the steps of which a classifier is trained."""
+    return {int(result.parent.name.split("-")[1]) for result in path.glob(f"runs/step-*/{run_folder.RESULT}")}
+
+
+def _copy_of(path: Path, step: int) -> Path:
+    return path / _COPIES / f"{step:08d}"  # no checkpoint, and not named like one
 
 
 def _committed(config: WatchConfig) -> dict[int, str]:

@@ -41,6 +41,7 @@ def test_checkpoints_of_a_run_that_goes_on_are_evaluated_until_it_ends(tokens, t
     printed = run(watch(tmp_path / "run", tokens, tmp_path / "out"))
     assert learning.wait() == 0
     assert steps(tmp_path / "out") == [None, 2, 4, 6, 8]
+    assert list((tmp_path / "out" / "models").iterdir()) == []
     assert "4 checkpoints evaluated" in printed
     assert all(0 <= point["accuracy"] <= 1 and point["count"] > 0 for point in curve(tmp_path / "out")["points"])
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -54,12 +55,23 @@ def test_only_what_is_missing_is_trained_and_checkpoints_may_be_gone_by_then(fin
     assert steps(output) == [None, 4, 8]
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/result.json")}
     assert len(before) == 3
+    # as a start that was killed leaves it: step 4's classifier is not trained, and its model was copied
     lost = output / "runs" / "step-00000004-class-seed0" / "result.json"
     lost.unlink()
-    shutil.rmtree(mine / "checkpoints" / "step-00000004")
+    model = mine / "checkpoints" / "step-00000004" / "model"
+    shutil.copytree(model, output / "models" / "00000004")
+    shutil.rmtree(model.parent)
     run(watch(mine, tokens, output, "every=4", "follow=false"))
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {lost}
     assert steps(output) == [None, 4, 8]
+    # what is trained needs neither checkpoint nor copy
+    before, curve_file = {path: path.stat().st_mtime_ns for path in before}, output / "watch.json"
+    assert list((output / "models").iterdir()) == []
+    known = curve(output)
+    curve_file.unlink()
+    run(watch(mine, tokens, output, "every=4", "follow=false"))
+    assert {path: path.stat().st_mtime_ns for path in before} == before and curve(output) == known
+    assert list((output / "models").iterdir()) == []
 
 
 def test_finished_watch_says_so_and_touches_nothing(finished, tokens, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from megascale.downstream import table1
 from megascale.downstream.pool import CellJob
 from megascale.downstream.table1 import _plan
 from megascale.downstream.table1_config import Table1Config
-from megascale.downstream.watch import WatchConfig
+from megascale.downstream.watch_config import WatchConfig
 from megascale.errors import CheckpointError, ConfigError, DataError, MegascaleError
 from megascale.table_baselines import CHANCE, LOG_MEL, check_recordings, score_baselines
 from megascale.tasks import finetune

@@ -10,6 +10,7 @@ from support import write_paced_tokens, write_pretrained
 from megascale.config import validate
 from megascale.downstream import watch
 from megascale.downstream.pool import CellJob
+from megascale.downstream.watch_config import WatchConfig
 from megascale.tasks import finetune
 from megascale.tasks.finetune_data import check_clips
 from megascale.train import checkpoint
@@ -34,7 +35,7 @@ def test_checkpoint_in_a_store_is_read_once_to_be_checked_for_every_task_and_cop
     with hooked_copy(tmp_path / "run") as url:
         HookedStore.hook = lambda name: counts.update([name])
         tree = {"run": url, "output": {"url": str(tmp_path / "out")}, "tasks": {"one": task, "two": task}}
-        config = validate(watch.WatchConfig, "watch", tree | {"seeds": [0, 1]})
+        config = validate(WatchConfig, "watch", tree | {"seeds": [0, 1]})
         job = CellJob(finetune.FinetuneConfig, finetune.check, check_clips, finetune.run)
         assert "1 checkpoints so far" in watch.describe_plan(config, job)
         watch._copy_model(f"{url}/checkpoints/step-00000001", tmp_path / "copy")
