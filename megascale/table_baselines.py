@@ -14,8 +14,8 @@ from megascale.data.index import Manifest, StoredClip, read_clips, read_manifest
 from megascale.downstream import baselines
 from megascale.downstream.cells import LabelledTokens
 from megascale.downstream.intervals import summarise
-from megascale.downstream.protocols import SPLITS, classes_of, split_clips, taking_part
-from megascale.downstream.scores import score
+from megascale.downstream.protocols import SPLITS, TaskConfig, classes_of, each_fold, split_clips, taking_part
+from megascale.downstream.scores import pool, score
 from megascale.errors import DataError
 from megascale.log import Progress
 from megascale.tokenize import audio
@@ -44,6 +44,24 @@ def bag_of_codes(kbps: float) -> str:
     return f"{BAG_OF_CODES}, {kbps:g} kbps"
 
 
+def _score_split(
+    known: _Recordings, clips: Sequence[StoredClip], task: TaskConfig, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return the scores of each baseline on one split."""
+    place = {name: i for i, name in enumerate(known.names)}
+    splits = split_clips(clips, task, seed)
+    rows = {side: np.array(sorted({place[clips[i].recording] for i in splits[side]})) for side in SPLITS}
+    # of what is divided alone, as the cells' are; sorted, so that a class's place is its number
+    classes = classes_of([clips[i] for members in splits.values() for i in members], task)
+    targets = {side: np.searchsorted(classes, known.labels_R[own]) for side, own in rows.items()}
+    found = {}
+    for name, features in known.features.items():
+        features_of = {side: features[own] for side, own in rows.items()}
+        found[name] = baselines.logistic_regression(features_of, targets, classes)
+    most = np.bincount(targets["train"]).argmax()
+    return found | {CHANCE: score(targets["test"], np.full_like(targets["test"], most), classes)}
+
+
 def check_recordings(row: LabelledTokens) -> None:
     """Look for the audio of every clip that the baselines will read. Raises DataError, StorageError: it is gone."""
     manifest = read_manifest(row.url)
@@ -53,7 +71,7 @@ def check_recordings(row: LabelledTokens) -> None:
 
 
 def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Sequence[float]) -> dict[str, Any]:
-    """Score every baseline; splits are drawn from the seeds, as the cells' are.
+    """Score every baseline; splits are drawn from the seeds, and folds pooled, as the cells' are.
 
     Returns:
         By name: mean accuracy and macro-F1 over seeds, the accuracy's 95% interval, the count of tested recordings, the
@@ -67,18 +85,10 @@ def score_baselines(row: LabelledTokens, seeds: Sequence[int], bitrates_kbps: Se
     clips = taking_part(read_clips(row.url, manifest, num_codebooks), row.task)
     known = _recordings(row, manifest, clips, bitrates_kbps)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*known.features, CHANCE)}
-    place = {name: i for i, name in enumerate(known.names)}
     for seed in seeds:
-        splits = split_clips(clips, row.task, seed)
-        rows = {side: np.array(sorted({place[clips[i].recording] for i in splits[side]})) for side in SPLITS}
-        # of what is divided alone, as the cells' are; sorted, so that a class's place is its number
-        classes = classes_of([clips[i] for members in splits.values() for i in members], row.task)
-        targets = {side: np.searchsorted(classes, known.labels_R[own]) for side, own in rows.items()}
-        for name, features in known.features.items():
-            features_of = {side: features[own] for side, own in rows.items()}
-            found[name].append(baselines.logistic_regression(features_of, targets, classes))
-        most = np.bincount(targets["train"]).argmax()
-        found[CHANCE].append(score(targets["test"], np.full_like(targets["test"], most), classes))
+        parts = [_score_split(known, clips, task, seed) for task in each_fold(row.task)]
+        for name, results in found.items():
+            results.append(parts[0][name] if len(parts) == 1 else pool([part[name] for part in parts]))
     summary = {
         name: summarise(results)
         | {"seeds": [{"seed": seed, **result} for seed, result in zip(seeds, results, strict=True)]}

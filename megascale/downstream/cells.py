@@ -1,4 +1,4 @@
-"""The cells of a table: every task, arm, bitrate, seed and learning rate is one classifier to train.
+"""The cells of a table: every task, arm, bitrate, seed, learning rate and fold is one classifier to train.
 
 Every arm gets the same budget and the same grid of learning rates.
 """
@@ -13,7 +13,7 @@ from megascale import run_folder, storage
 from megascale.config import validate
 from megascale.downstream.pins import Pins, pin, write_pins
 from megascale.downstream.pool import CellJob, Pool
-from megascale.downstream.protocols import TaskConfig
+from megascale.downstream.protocols import TaskConfig, each_fold
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
 from megascale.log import Progress
 from megascale.stopping import StopSignal
@@ -44,17 +44,19 @@ class LabelledTokens:
 
 @dataclass(frozen=True)
 class Cell:
-    """One classifier to train; `arm` is the row's name."""
+    """One classifier to train; `arm` is the row's name, `fold` what is tested where the task has folds."""
 
     task: LabelledTokens
     arm: str
     bitrate_kbps: float
     seed: int
     lr: float
+    fold: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.task.name}-{self.bitrate_kbps:g}kbps-{self.arm}-seed{self.seed}-lr{self.lr!r}"
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"{self.task.name}-{self.bitrate_kbps:g}kbps-{self.arm}-seed{self.seed}-lr{self.lr!r}{fold}"
 
 
 def paper_arms(checkpoints: dict[float, str]) -> Arms:
@@ -64,7 +66,15 @@ def paper_arms(checkpoints: dict[float, str]) -> Arms:
 
 def cells_of(rows: Sequence[LabelledTokens], arms: Arms, seeds: Sequence[int], budget: CellsConfig) -> list[Cell]:
     """Return every cell."""
-    return [Cell(*parts) for parts in itertools.product(rows, arms, BITRATES_KBPS, seeds, budget.lrs)]
+    return [
+        Cell(row, *parts)
+        for row in rows
+        for parts in itertools.product(arms, BITRATES_KBPS, seeds, budget.lrs, _folds_of(row.task))
+    ]
+
+
+def _folds_of(task: TaskConfig) -> list[int | None]:
+    return [each.fold if each.protocol == "folds" else None for each in each_fold(task)]
 
 
 @dataclass(frozen=True)
@@ -106,9 +116,9 @@ def plan_cells(
         run_folder.check_config(storage.local_path(config.output.url), config, "finetune", ("storage.",))
     for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
         job.check(config)
-    splits: dict[str, dict[int, Any]] = {}
+    splits: dict[str, dict[tuple[int, int | None], Any]] = {}
     for cell, config in zip(cells, configs, strict=True):
-        splits.setdefault(cell.task.name, {}).setdefault(cell.seed, config)
+        splits.setdefault(cell.task.name, {}).setdefault((cell.seed, cell.fold), config)
     for of_task in splits.values():
         job.check_clips(list(of_task.values()))
     return Plan(cells, configs, pins)
@@ -122,7 +132,7 @@ def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str)
         tree["model"] = {"init_from": arm.init_from}
     return tree | {
         "data": {"url": cell.task.url, "bitrate_kbps": cell.bitrate_kbps},
-        "task": cell.task.task.model_dump(),
+        "task": cell.task.task.model_dump() | ({} if cell.fold is None else {"fold": cell.fold}),
         "arm": arm.arm,
         "checkpoint": arm.checkpoints[cell.bitrate_kbps],
         "output": {"url": storage.join(output_url, "cells", cell.name), "save_model": False},

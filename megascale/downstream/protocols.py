@@ -64,6 +64,13 @@ class TaskConfig(Section):
         return self
 
 
+def each_fold(task: TaskConfig) -> list[TaskConfig]:
+    """Return the task with each of its folds in turn; under other protocols it alone."""
+    if task.protocol != "folds":
+        return [task]
+    return [task.model_copy(update={"fold": fold}) for fold in range(task.folds)]
+
+
 def refuse_several_labels(tasks: Iterable[tuple[str, TaskConfig]]) -> None:
     """Raise ValueError for a task, by its key, that is scored by mAP; for jobs that compare accuracies."""
     for key, task in tasks:

@@ -71,6 +71,15 @@ def score(targets_R: np.ndarray, predicted_R: np.ndarray, classes: list[str]) ->
     }
 
 
+def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores, as `score` does, of all predictions of several results together, which have the same classes:
+    cross-validation, where each recording is tested once."""
+    counts_CC = np.sum([result["confusion"] for result in results], axis=0)
+    truth, predicted = np.nonzero(counts_CC)
+    times = counts_CC[truth, predicted]
+    return score(np.repeat(truth, times), np.repeat(predicted, times), results[0]["classes"])
+
+
 def score_labels(targets_RC: np.ndarray, probabilities_RC: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Return mAP, mean ROC AUC, d', the same per class, and the count, where a clip has any number of labels.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from megascale.downstream.cells import Cell, LabelledTokens
 from megascale.downstream.intervals import summarise, with_interval
+from megascale.downstream.scores import pool
 from megascale.downstream.table1_config import BITRATES_KBPS
 
 _SAME_SPLIT = ("official", "lists")  # protocols whose split no seed draws
@@ -35,23 +36,27 @@ PAPER = {
 def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, Any]]]) -> dict[str, Any]:
     """Keep, for each task, arm, bitrate and split, the learning rate that is best on its validation.
 
-    Where seeds draw the split, what one tests may lie in another's validation: then each chooses by its own alone.
+    Where seeds draw the split, what one tests may lie in another's validation: then each chooses by its own alone, and
+    each fold likewise. The predictions of a seed's folds are pooled.
 
     Args:
         rows: the tasks.
         finished: every cell with its `result.json`.
 
     Returns:
-        `cells`, the results that were kept; `summary`, a row for each task, arm and bitrate; `baselines`, none yet.
+        `cells`, what was kept, one result for each seed; `summary`, a row for each task, arm and bitrate; `baselines`, none
+        yet.
     """
     cells, summary = [], []
     arms = dict.fromkeys(c.arm for c, _ in finished)
     for task, arm, kbps in itertools.product(rows, arms, BITRATES_KBPS):
         group = [(c, r) for c, r in finished if (c.task.name, c.arm, c.bitrate_kbps) == (task.name, arm, kbps)]
-        splits: dict[int | None, list[tuple[Cell, dict[str, Any]]]] = {}
+        splits: dict[Any, list[tuple[Cell, dict[str, Any]]]] = {}
         for cell, result in group:
-            splits.setdefault(None if task.task.protocol in _SAME_SPLIT else cell.seed, []).append((cell, result))
-        chosen = [result for of_split in splits.values() for result in _best(of_split)]
+            split = None if task.task.protocol in _SAME_SPLIT else (cell.seed, cell.fold)
+            splits.setdefault(split, []).append((cell, result))
+        kept = [result for of_split in splits.values() for result in _best(of_split)]
+        chosen = kept if task.task.protocol != "folds" else _pooled_by_seed(kept)
         for result in chosen:
             cells.append({"task": task.name, **result, "arm": arm})
         paper, scores = _paper(task.name, arm, kbps), summarise(chosen)
@@ -61,7 +66,7 @@ def choose(rows: Sequence[LabelledTokens], finished: list[tuple[Cell, dict[str, 
                 "arm": arm,
                 "bitrate_kbps": kbps,
                 "seeds": [r["seed"] for r in chosen],
-                "lrs": [r["lr"] for r in chosen],
+                "lrs": [r["lr"] for r in kept],
                 "lrs_tried": sorted({c.lr for c, _ in group}),
                 **scores,
                 "paper": paper,
@@ -82,6 +87,18 @@ def _best(group: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
 
     best = max(sorted({c.lr for c, _ in group}), key=merit)
     return [r for c, r in group if c.lr == best]
+
+
+def _pooled_by_seed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one result for each seed: the pooled scores of its folds, and what all of them have in common."""
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for result in results:
+        by_seed.setdefault(result["seed"], []).append(result)
+    return [
+        {key: value for key, value in folds[0].items() if all(key in r and r[key] == value for r in folds)}
+        | pool(folds)
+        for folds in by_seed.values()
+    ]
 
 
 def _paper(task: str, arm: str, bitrate_kbps: float) -> dict[str, float] | None:

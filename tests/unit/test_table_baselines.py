@@ -55,3 +55,12 @@ def test_classes_are_those_of_what_is_divided_as_the_cells_are(tmp_path):
         truth = np.array(result["confusion"]).sum(axis=1)
         wanted = [sum("abcd"[int(part[:4]) % 4] == label for part in parts["test"]) for label in "bcd"]
         assert truth.tolist() == wanted
+
+
+def test_folds_are_pooled_so_that_each_recording_is_tested_once(tmp_path):
+    task = TaskConfig(label="class", protocol="folds", folds=4, fold=1)
+    row = row_of(tmp_path, task, lambda i: "ab"[i % 2])
+    found = score_baselines(row, [0, 1], (1.5,))
+    for name in (LOG_MEL, bag_of_codes(1.5), CHANCE):
+        assert found[name]["count"] == 40
+        assert [np.array(result["confusion"]).sum(axis=1).tolist() for result in found[name]["seeds"]] == [[20, 20]] * 2

@@ -10,7 +10,8 @@ import pytest
 from tables import BUDGET, CHECKPOINTS, LRS, PAPERS, ROWS
 
 from megascale.config import load_config, validate
-from megascale.downstream.cells import Arm, _finetune_tree, cells_of
+from megascale.downstream.cells import Arm, LabelledTokens, _finetune_tree, cells_of
+from megascale.downstream.protocols import TaskConfig
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, Table1Config
 from megascale.errors import ConfigError
 from megascale.tasks.finetune import FinetuneConfig
@@ -136,3 +137,16 @@ def test_language_models_recipe_is_the_papers_but_for_first_weights_and_rate():
         )
         assert begun["optim"].pop("lr") < paper["optim"].pop("lr") and begun.pop("output") != paper.pop("output")
         assert begun == paper
+
+
+def test_every_fold_of_every_seed_is_a_cell_where_the_task_has_folds():
+    folds = LabelledTokens("x", "tokens/x", TaskConfig(label="genre", protocol="folds", folds=4))
+    cells = cells_of([folds, ROWS[0]], PAPERS, (0, 1), BUDGET)
+    told = [_finetune_tree(cell, PAPERS, BUDGET, "out") for cell in cells if cell.task is folds]
+    mine = [
+        t["task"]["fold"] for t in told if (t["arm"], t["data"]["bitrate_kbps"], t["optim"]["lr"]) == ("ft", 12, 1e-3)
+    ]
+    assert mine == [0, 1, 2, 3] * 2 and len(told) == 3 * 2 * 3 * 2 * 4
+    assert len({tree["output"]["url"] for tree in told}) == len(told)
+    assert {cell.fold for cell in cells if cell.task is ROWS[0]} == {None}
+    assert not any("fold" in cell.name for cell in cells if cell.task is ROWS[0])

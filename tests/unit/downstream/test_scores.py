@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megascale.downstream.scores import average_windows, score, score_labels
+from megascale.downstream.scores import average_windows, pool, score, score_labels
 
 
 def test_windows_are_averaged_by_recording_wherever_they_stand():
@@ -109,3 +109,11 @@ def test_windows_of_several_labels_are_averaged_too():
     assert names == ["b", "a"]
     assert np.allclose(averaged, [[0.4, 0.2], [0.5, 0.5]], atol=1e-12)  # sums of two doubles
     assert targets.tolist() == [[1, 0], [1, 1]]
+
+
+def test_pooled_results_score_as_all_their_predictions_together():
+    rng, classes = np.random.default_rng(0), ["a", "b", "c", "absent"]
+    truth, predicted = rng.integers(0, 3, 60), rng.integers(0, 4, 60)
+    parts = [score(truth[i : i + 20], predicted[i : i + 20], classes) for i in (0, 20, 40)]
+    assert pool(parts) == score(truth, predicted, classes)
+    assert pool(parts)["macro_f1"] != pytest.approx(np.mean([part["macro_f1"] for part in parts]))

@@ -76,6 +76,31 @@ def test_where_seeds_draw_the_split_none_is_chosen_for_by_what_another_tests(pro
     assert (found["accuracy"], found["macro_f1"]) == pytest.approx((0.5, 0.2))
 
 
+def test_each_fold_chooses_by_its_own_validation_and_a_seeds_folds_are_pooled():
+    row = LabelledTokens("x", "tokens/x", TaskConfig(label="genre", protocol="folds", folds=3))
+    right_of = {
+        0: 9,
+        1: 4,
+        2: 0,
+    }  # of ten low ones; the high ones are all taken for low, and there are as many as the fold says
+    finished = []
+    for cell in cells_of([row], PAPERS, (0, 1), BUDGET):
+        best = cell.lr == LRS[cell.fold]
+        right = right_of[cell.fold] if best else 10
+        confusion = [[right, 10 - right], [cell.fold, 0]]
+        score = right / (10 + cell.fold)
+        finished.append(
+            (cell, result(cell, valid_accuracy=float(best), accuracy=score, confusion=confusion, fold=cell.fold))
+        )
+    table = choose([row], finished)
+    for summary in table["summary"]:
+        assert summary["lrs"] == [*LRS, *LRS] and summary["seeds"] == [0, 1]
+        assert (summary["accuracy"], summary["count"]) == (pytest.approx(13 / 33), 33)
+    cells = [(c["arm"], c["bitrate_kbps"], c["seed"]) for c in table["cells"]]
+    assert cells == list(itertools.product(ARMS, BITRATES_KBPS, (0, 1)))
+    assert all(c["confusion"] == [[13, 17], [3, 0]] and "fold" not in c and "lr" not in c for c in table["cells"])
+
+
 def test_each_arm_and_bitrate_chooses_its_own_rate():
     best = {key: LRS[i % 3] for i, key in enumerate(itertools.product(("gtzan", "nsynth"), ARMS, BITRATES_KBPS))}
     finished = [
