@@ -11,7 +11,7 @@ from typing import Any
 
 from megascale import run_folder, storage
 from megascale.config import validate
-from megascale.downstream.pins import Pins, pin, write_pins
+from megascale.downstream.pins import Pins, check_pins, pin, write_pins
 from megascale.downstream.pool import CellJob, Pool
 from megascale.downstream.protocols import TaskConfig, each_fold
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
@@ -97,8 +97,8 @@ def plan_cells(
 ) -> Plan:
     """Return every cell and its config, checked before anything runs or is written.
 
-    Tokens and checkpoints are looked at once for each task, arm and bitrate, clips once for each task; and what is there
-    of an earlier start is compared.
+    What cells need that are not finished is looked at: tokens and checkpoints once for each task, arm and bitrate, clips
+    once for each task. What is there of an earlier start is compared.
 
     Raises:
         ConfigError: a cell's folder holds a run of another config.
@@ -112,16 +112,25 @@ def plan_cells(
     }
     trees = [_finetune_tree(cell, pinned, budget, output_url) | {"storage": stores.model_dump()} for cell in cells]
     configs = [validate(job.schema, "table1.cells.finetune", tree) for tree in trees]
-    for config in configs:
-        run_folder.check_config(storage.local_path(config.output.url), config, "finetune", ("storage.",))
-    for config in {(c.task.name, c.arm, c.bitrate_kbps): f for c, f in zip(cells, configs, strict=True)}.values():
+    unfinished = []
+    for cell, config in zip(cells, configs, strict=True):
+        folder = storage.local_path(config.output.url)
+        run_folder.check_config(folder, config, "finetune", ("storage.",))
+        if run_folder.read_result(folder) is None:
+            unfinished.append((cell, config))
+    check_pins(pins, {config.checkpoint for _, config in unfinished})
+    _check_inputs(unfinished, job)
+    return Plan(cells, configs, pins)
+
+
+def _check_inputs(cells: Sequence[tuple[Cell, Any]], job: CellJob) -> None:
+    for config in {(cell.task.name, cell.arm, cell.bitrate_kbps): config for cell, config in cells}.values():
         job.check(config)
     splits: dict[str, dict[tuple[int, int | None], Any]] = {}
-    for cell, config in zip(cells, configs, strict=True):
+    for cell, config in cells:
         splits.setdefault(cell.task.name, {}).setdefault((cell.seed, cell.fold), config)
     for of_task in splits.values():
         job.check_clips(list(of_task.values()))
-    return Plan(cells, configs, pins)
 
 
 def _finetune_tree(cell: Cell, arms: Arms, budget: CellsConfig, output_url: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which checkpoints the encoders of a table are: a run's best may become another while it trains, and no table mixes two."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict
 
 from megascale import run_folder, storage
@@ -17,10 +17,21 @@ def pin(urls: Iterable[str], output_url: str) -> Pins:
     """Return what each URL stood for when the table first met it; what it stands for now, if that is the first time.
 
     Raises:
-        CheckpointError: not a checkpoint; or it is gone, or has other weights, since the table met it.
+        CheckpointError: not a checkpoint.
     """
     known = run_folder.read_result(storage.local_path(output_url), PINS) or {}
-    return {url: _again(FoundModel(**known[url])) if url in known else find_model(url) for url in dict.fromkeys(urls)}
+    return {url: FoundModel(**known[url]) if url in known else find_model(url) for url in dict.fromkeys(urls)}
+
+
+def check_pins(pins: Pins, needed: Container[str]) -> None:
+    """Look again at the checkpoints that are still needed, by their own URLs.
+
+    Raises:
+        CheckpointError: one is gone, or has other weights, since the table met it.
+    """
+    for met in pins.values():
+        if met.url in needed:
+            _check_again(met)
 
 
 def write_pins(pins: Pins, output_url: str) -> None:
@@ -30,7 +41,7 @@ def write_pins(pins: Pins, output_url: str) -> None:
     storage.publish_bytes(storage.join(output_url, PINS), json.dumps(known, indent=1).encode())
 
 
-def _again(met: FoundModel) -> FoundModel:
+def _check_again(met: FoundModel) -> None:
     try:
         now = find_model(met.url)
     except CheckpointError as failure:
@@ -42,4 +53,3 @@ def _again(met: FoundModel) -> FoundModel:
         raise CheckpointError(
             f"{met.url}: not the weights that this table began with; choose another table1.output.url for these"
         )
-    return met

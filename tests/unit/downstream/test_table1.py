@@ -230,3 +230,6 @@ def test_checkpoint_that_is_gone_or_has_other_weights_by_now_is_refused(tree, tm
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     with pytest.raises(CheckpointError, match=r"step-00000001: no manifest; .*; this table began with it"):
         make(tree, seeds=[0, 1])
+    # what is finished needs no checkpoint any more
+    Path(tree["output"]["url"], table1.TABLE).unlink()
+    assert table1.run(config_of(tree), JOB, BASELINES)["checkpoints"][str(run)]["step"] == 1
