@@ -8,7 +8,7 @@ import torch
 from sklearn.manifold import TSNE
 
 from megascale import seeding
-from megascale.data.index import read_clips, read_manifest
+from megascale.data.index import StoredClip, read_clips, read_manifest
 from megascale.downstream.cells import LabelledTokens
 from megascale.downstream.protocols import taking_part
 from megascale.export import embed_clips, load_model
@@ -46,9 +46,10 @@ def embedding_maps(
         for row in rows:
             manifest = read_manifest(row.url)
             clips = taking_part(read_clips(row.url, manifest, codebooks_for(kbps)), row.task)
-            first = list({clip.recording: clip for clip in reversed(clips)}.values())[
-                ::-1
-            ]  # one clip of each recording
+            first_of: dict[str, StoredClip] = {}
+            for clip in clips:
+                first_of.setdefault(clip.recording, clip)
+            first = list(first_of.values())
             rng = seeding.generator(0, "embedding map", row.name)  # a regular step could meet one class alone
             chosen = [first[i] for i in sorted(rng.permutation(len(first))[:most_recordings])]
             if len(chosen) < 4:

@@ -11,7 +11,15 @@ from megascale.storage import StorageConfig
 
 ARMS = ("scratch", "ft", "ft_aug")
 BITRATES_KBPS = (1.5, 12.0)
+_BUDGET = ("train", "optim", "drop", "zero")
 _ROW_NAME = re.compile(r"[\w-]+")
+
+
+def check_budget(finetune: dict[str, Any]) -> None:
+    """Raise ValueError for a section of a finetune config that is not the same for every classifier."""
+    for name in finetune:
+        if name not in _BUDGET:
+            raise ValueError(f"finetune.{name}: is set here; only {', '.join(_BUDGET)} may stand in it")
 
 
 class Table1DataConfig(Section):
@@ -81,9 +89,7 @@ class CellsConfig(Section):
 
     @model_validator(mode="after")
     def _finetune_is_a_budget(self) -> "CellsConfig":
-        wrong = sorted(set(self.finetune) - {"train", "optim", "drop", "zero"})
-        if wrong:
-            raise ValueError(f"finetune.{wrong[0]}: the table sets it; only train, optim, drop and zero may stand here")
+        check_budget(self.finetune)
         if "lr" in (self.finetune.get("optim") or {}):
             raise ValueError("finetune.optim.lr: the rates are cells.lrs")
         return self

@@ -6,9 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from megascale.config import Section
 from megascale.downstream.protocols import TaskConfig, refuse_several_labels
+from megascale.downstream.table1_config import check_budget
 from megascale.storage import StorageConfig
-
-BUDGET = ("train", "optim", "drop", "zero")
 
 
 class WatchTaskConfig(Section):
@@ -46,9 +45,7 @@ class WatchConfig(Section):
     @field_validator("finetune")
     @classmethod
     def _is_a_budget(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        for name in tree:
-            if name not in BUDGET:
-                raise ValueError(f"finetune.{name}: is set here; only {', '.join(BUDGET)} may stand in it")
+        check_budget(tree)
         return tree
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from tables import BUDGET, CHECKPOINTS, LRS, PAPERS, ROWS
 from megascale.config import load_config, validate
 from megascale.downstream.cells import Arm, LabelledTokens, _finetune_tree, cells_of
 from megascale.downstream.protocols import TaskConfig
-from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, Table1Config
+from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig, Table1Config
 from megascale.errors import ConfigError
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.pretrain_config import PretrainConfig
@@ -72,6 +72,18 @@ def test_seed_or_rate_named_twice_is_refused(repeated):
     assert validate(Table1Config, "table1", tree).cells.lrs
     with pytest.raises(ConfigError, match="must not repeat a value"):
         validate(Table1Config, "table1", tree | repeated)
+
+
+@pytest.mark.parametrize(
+    ("finetune", "told"),
+    [
+        ({"seed": 3}, "finetune.seed: is set here; only train, optim, drop, zero may stand in it"),
+        ({"optim": {"lr": 1e-3}}, "finetune.optim.lr: the rates are cells.lrs"),
+    ],
+)
+def test_budget_holds_what_is_the_same_for_every_cell_alone(finetune, told):
+    with pytest.raises(ConfigError, match=told):
+        validate(CellsConfig, "table1.cells", {"finetune": finetune})
 
 
 def test_further_arm_is_fine_tuned_from_checkpoints_of_its_own():
