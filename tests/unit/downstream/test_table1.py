@@ -12,8 +12,10 @@ from support import tone, write_pretrained
 from tables import finish_cells, write_inputs
 
 from megascale.config import validate
+from megascale.data.index import read_clips, read_manifest
 from megascale.downstream import table1
 from megascale.downstream.pool import CellJob
+from megascale.downstream.protocols import TaskConfig, each_fold, split_clips
 from megascale.downstream.table1 import _plan
 from megascale.downstream.table1_config import Table1Config
 from megascale.downstream.watch_config import WatchConfig
@@ -91,6 +93,21 @@ def test_task_of_several_labels_a_clip_is_refused_where_accuracies_are_compared(
         validate(WatchConfig, "watch", tree)
 
 
+def test_splits_of_every_fold_are_looked_at_before_anything_is_written(tree):
+    task = TaskConfig(label="class", protocol="folds", folds=21)  # 20 low clips and 20 high ones: each misses one fold
+    clips = list(read_clips(tree["data"]["gtzan"], read_manifest(tree["data"]["gtzan"]), 2))
+
+    def fits(fold: TaskConfig) -> bool:
+        splits = split_clips(clips, fold, 0)
+        return all(len({clips[i].labels["class"] for i in splits[side]}) == 2 for side in ("valid", "test"))
+
+    assert fits(each_fold(task)[0]) and not all(map(fits, each_fold(task)))
+    config = config_of(tree, tasks={"gtzan": task.model_dump()})
+    with pytest.raises(DataError, match=r"all 1 clips of the (valid|test) split are of"):
+        table1.run(config, JOB, BASELINES)
+    assert not Path(config.output.url).exists()
+
+
 # ------------------------------------------------------------------------------------------------- the same table again
 
 
@@ -123,19 +140,6 @@ def test_what_is_added_to_a_finished_table_costs_no_cell_that_is_there(tree, cha
     assert {len(summary["seeds"]) for summary in make(tree)["summary"]} == {1}, "and back again"
 
 
-def test_table_that_was_left_over_from_another_config_is_not_taken_for_this_ones(tree):
-    """The job was killed between its config and its table."""
-    make(tree)
-    config = config_of(tree, seeds=[0, 1])
-    cells = finish_cells(config, JOB, BASELINES)
-    lost = cells[-1].read_bytes()
-    cells[-1].write_text("broken")
-    with pytest.raises(DataError, match="broken; delete it"):
-        table1.run(config, JOB, BASELINES)
-    cells[-1].write_bytes(lost)
-    assert {len(summary["seeds"]) for summary in table1.run(config, JOB, BASELINES)["summary"]} == {2}
-
-
 def test_cells_of_another_budget_are_refused_by_name_and_the_table_stays(tree):
     make(tree)
     before = times(list(Path(tree["output"]["url"]).rglob("*.json")))
@@ -153,6 +157,21 @@ def write_audio(folder: Path) -> None:
     folder.mkdir()
     for i in range(40):
         soundfile.write(folder / f"{i:04d}.wav", tone(1.0, 24_000, (150, 1500)[i % 2], seed=i), 24_000)
+
+
+def test_table_that_was_left_over_from_another_config_is_not_taken_for_this_ones(tmp_path):
+    """The job ended between its config and its table."""
+    tree = write_inputs(tmp_path, str(tmp_path / "audio"))
+    make(tree)
+    write_audio(tmp_path / "audio")
+    broken = tmp_path / "audio" / "0017.wav"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no audio")
+    with pytest.raises(MegascaleError, match=r"0017\.wav"):
+        make(tree, seeds=[0, 1], baselines=True)
+    broken.write_bytes(whole)
+    table = table1.run(config_of(tree, seeds=[0, 1], baselines=True), JOB, BASELINES)
+    assert {len(summary["seeds"]) for summary in table["summary"]} == {2} and len(table["baselines"]) == 3
 
 
 @pytest.mark.parametrize("lost", ["0017.wav", "."])

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from stores import HookedStore, hooked_copy
 from support import write_paced_tokens, write_pretrained, write_token_folder
 from torch import Tensor
 
+from megascale import storage
 from megascale.config import validate
 from megascale.log import read_metrics
 from megascale.model.config import ModelConfig
@@ -201,19 +204,50 @@ def test_several_labels_are_learned_and_scored_by_map_and_d_prime(inputs, tmp_pa
     assert max(sum(float(row[name]) for name in result["classes"]) for row in rows) > 1.2, "no shares of one whole"
 
 
-def test_result_says_which_weights_it_began_with_and_reads_no_others(inputs, tmp_path):
-    for step, loss in ((1, 3.0), (2, 4.0)):
-        folder = checkpoint.step_folder(tmp_path / "pretrained" / "checkpoints", step)
-        checkpoint.begin(folder)
-        write_pretrained(folder / "model", 2, seed=step)
-        checkpoint.commit(folder, step, 16, 1, loss)
+def save_pretrained(run: Path, step: int, valid_loss: float) -> Path:
+    """A checkpoint of a pretraining run, whose weights are drawn from its step."""
+    folder = checkpoint.step_folder(run / "checkpoints", step)
+    checkpoint.begin(folder)
+    write_pretrained(folder / "model", 2, seed=step)
+    checkpoint.commit(folder, step, 16 * step, 1, valid_loss)
+    return folder
+
+
+def test_result_says_which_weights_it_began_with(inputs, tmp_path):
+    best = save_pretrained(tmp_path / "pretrained", 1, 3.0)
+    save_pretrained(tmp_path / "pretrained", 2, 4.0)
     run = str(tmp_path / "pretrained")
     results = {
         arm: finetune.run(config_of(inputs, tmp_path / arm, arm=arm, checkpoint=run)) for arm in ("probe", "scratch")
     }
-    digest = hashlib.sha256((tmp_path / "pretrained/checkpoints/step-00000001/model/model.safetensors").read_bytes())
+    digest = hashlib.sha256((best / "model" / "model.safetensors").read_bytes()).hexdigest()
     found = {arm: [result[f"checkpoint{key}"] for key in ("", "_step", "_sha256")] for arm, result in results.items()}
-    assert found == {"probe": [run, 1, digest.hexdigest()], "scratch": [None, None, None]}
+    assert found == {"probe": [run, 1, digest], "scratch": [None, None, None]}
+
+
+def test_checkpoint_that_gets_better_meanwhile_is_not_the_one_that_is_read(inputs, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    first = save_pretrained(tmp_path / "pretrained", 1, 3.0)
+    later = save_pretrained(tmp_path / "later", 2, 2.0)
+    reads: list[str] = []
+
+    def commit_later(name: str) -> None:
+        reads.append(name)
+        if reads.count("manifest.json") == 2:  # once it was chosen
+            for path in sorted(later.rglob("*"), key=lambda path: path.name == "manifest.json"):
+                if path.is_file():
+                    place = f"hooked://folder/checkpoints/{later.name}/{path.relative_to(later).as_posix()}"
+                    storage.publish_bytes(place, path.read_bytes())
+
+    with hooked_copy(tmp_path / "pretrained") as url:
+        HookedStore.hook = commit_later
+        result = finetune.run(config_of(inputs, tmp_path / "run", arm="probe", checkpoint=url))
+        assert checkpoint.find_model(url).step == 2, "by now"
+    kept = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    begun = safetensors.torch.load_file(first / "model" / "model.safetensors")
+    assert result["checkpoint_step"] == 1
+    assert all(torch.equal(value, begun[name]) for name, value in encoder_of(kept).items())
 
 
 def test_result_says_what_the_split_check_found_and_the_model_what_it_answers(inputs, tmp_path):
