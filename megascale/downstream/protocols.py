@@ -33,6 +33,11 @@ class TaskConfig(Section):
     classes: list[str] | None = Field(
         None, min_length=2, description="values of the label that take part; clips of others are left out. null: all"
     )
+    absent_from_test: list[str] = Field(
+        [],
+        description="single: classes that no test clip need be of, such as NSynth's synth_lead; any other without one is "
+        "refused",
+    )
     protocol: Literal["official", "paper", "stratified", "folds", "lists"] = Field(
         "paper",
         description="official: the corpus's splits; paper: random stratified 80/10/10; stratified: the shares below; "
