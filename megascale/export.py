@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from megascale import hub, run_folder, storage
 from megascale.data.index import CodecFacts, StoredClip
 from megascale.data.loader import collate
-from megascale.errors import CheckpointError, DataError
-from megascale.log import read_metrics
+from megascale.errors import CheckpointError, DataError, StorageError
+from megascale.log import read_metrics, say
 from megascale.model import mega_audioformer
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import GlobalEncoder, mean_over_frames
 from megascale.model_card import CODEC_FILE, RunFacts, model_card
 from megascale.seeding import torch_generator
+from megascale.tokens import PUBLISHED_NAME
 from megascale.train import manifest as manifests
 from megascale.train.checkpoint import EMA, checkpoint_of, read_model, write_model
 from megascale.train.manifest import CHECKPOINTS
@@ -118,12 +119,16 @@ def _run_of(url: str, checkpoint: str | None) -> str | None:
 
 
 def _codec_of_run(run: str | None, facts: dict[str, Any]) -> str | None:
-    """Return the codec beside the tokens that a run was trained on, if it still lies there and is the model's."""
+    """Return the codec beside the tokens that a run was trained on, if it can be read there and is the model's."""
     tokens = _inner(None if run is None else run_folder.read_config_at(run), "data", "url")
-    if not isinstance(tokens, str) or not storage.is_local(tokens):
+    if not isinstance(tokens, str) or _inner(facts, "codec", "name") == PUBLISHED_NAME:  # those lie beside no tokens
         return None
     codec = storage.join(tokens, CODEC_FILE)
-    is_its_own = storage.exists(codec) and codec_fingerprint_of(codec) == _inner(facts, "codec", "fingerprint")
+    try:
+        is_its_own = storage.exists(codec) and codec_fingerprint_of(codec) == _inner(facts, "codec", "fingerprint")
+    except StorageError as failure:  # the model is good for streams without it
+        say(f"{failure}; going on without the model's codec")
+        return None
     return codec if is_its_own else None
 
 
