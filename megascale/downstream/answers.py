@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from megascale.downstream.embeddings import EmbeddingFile
 from megascale.downstream.inputs import Clip, Failure, Inputs
@@ -57,21 +57,23 @@ class Lines:
             return
         try:
             self._out.writelines(json.dumps(each) + "\n" for each in self._held)
-        except BrokenPipeError:
-            self._gone()
+        except OSError as failure:
+            self._give_up(failure)
         self._held.clear()
 
     def flush(self) -> None:
         """Let the reader have what was written."""
         try:
             self._out.flush()
-        except BrokenPipeError:
-            self._gone()
+        except OSError as failure:
+            self._give_up(failure)
 
-    def _gone(self) -> None:
+    def _give_up(self, failure: OSError) -> NoReturn:
         # else the interpreter tries again at its end, and prints that
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
-        raise StorageError(f"stdout: its reader is gone after {self.num_clips} clips") from None
+        gone = isinstance(failure, BrokenPipeError)
+        why = "its reader is gone" if gone else f"cannot write: {failure.strerror or failure}"
+        raise StorageError(f"stdout: {why} after {self.num_clips} clips") from None
 
 
 def predict_all(predictor: Predictor, inputs: Inputs, urls: Sequence[str], window: int | None, lines: Lines) -> None:

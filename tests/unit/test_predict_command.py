@@ -277,3 +277,13 @@ def test_streams_and_shards_need_neither_codec_nor_ray_nor_deepspeed(model, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("4 clips labelled on stdout")
     assert len(done.stdout.splitlines()) == 4
+
+
+def test_full_disk_behind_stdout_is_one_line(model, tmp_path):
+    write_token_folder(tmp_path / "tokens", 3)
+    code = "import sys; from megascale import cli; sys.exit(cli.predict(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(model), str(tmp_path / "tokens")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr.startswith("StorageError: stdout: cannot write: No space left on device after ")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
