@@ -125,11 +125,15 @@ def _codec_of_run(run: str | None, facts: dict[str, Any]) -> str | None:
         return None
     codec = storage.join(tokens, CODEC_FILE)
     try:
-        is_its_own = storage.exists(codec) and codec_fingerprint_of(codec) == _inner(facts, "codec", "fingerprint")
+        is_its_own = storage.exists(codec) and _is_codec_of(codec, facts)
     except StorageError as failure:  # the model is good for streams without it
         say(f"{failure}; going on without the model's codec")
         return None
     return codec if is_its_own else None
+
+
+def _is_codec_of(url: str, facts: dict[str, Any]) -> bool:
+    return codec_fingerprint_of(url) == _inner(facts, "codec", "fingerprint")
 
 
 def _inner(tree: Any, *keys: str) -> Any:
@@ -229,9 +233,14 @@ class Pretrained(ModelHubMixin):
             )
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         codec = None if self.codec_url is None else storage.read_bytes(self.codec_url)
+        beside, replaces = save_directory / CODEC_FILE, (save_directory / _WEIGHTS).exists()
         write_model(save_directory, weights, self.facts)
+        # whatever lay there was another model's: the mixin would keep its card
+        storage.publish_bytes(str(save_directory / _CARD), str(self.generate_model_card()).encode())
         if codec is not None:
-            storage.publish_bytes(str(save_directory / CODEC_FILE), codec)
+            storage.publish_bytes(str(beside), codec)
+        elif replaces and beside.exists() and not _is_codec_of(str(beside), self.facts):
+            beside.unlink()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the card: that of the model's run, or the one it was exported with."""

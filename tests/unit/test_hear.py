@@ -169,6 +169,29 @@ def test_a_store_that_fails_costs_the_codec_and_not_the_model(tmp_path, made, co
     assert line.startswith(f"{tokens}/codec.safetensors: ") and line.endswith("; going on without the model's codec")
 
 
+def test_an_export_over_another_models_leaves_neither_its_card_nor_its_codec(tmp_path, made, codec_file):
+    MegaAudioFormer.from_pretrained(write_run(tmp_path / "run", made, codec_file.parent)).save_pretrained(
+        tmp_path / "out"
+    )
+    write_finetuned(tmp_path / "finetuned", CODEC)
+    model = AudioClassifier.from_pretrained(tmp_path / "finetuned")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == model.card
+    assert "pipeline_tag: audio-classification" in AudioClassifier.from_pretrained(tmp_path / "out").card
+    assert not (tmp_path / "out" / "codec.safetensors").exists()
+
+
+def test_an_export_deletes_no_codec_that_is_its_own_or_that_no_model_lay_beside(tmp_path, made, codec_file):
+    for place, codec in (("own", made), ("foreign", CODEC)):
+        model = MegaAudioFormer.from_pretrained(write_run(tmp_path / f"run-{place}", codec))
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "codec.safetensors").write_bytes(codec_file.read_bytes())
+        model.save_pretrained(tmp_path / place)
+    assert all((tmp_path / place / "codec.safetensors").exists() for place in ("own", "foreign"))
+    MegaAudioFormer.from_pretrained(tmp_path / "run-own").save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "codec.safetensors").exists()
+
+
 def test_another_codec_is_refused(tmp_path, codec_file):
     run = write_run(tmp_path / "run", CODEC)
     with pytest.raises(CheckpointError, match=f"was trained on tokens of codec {CODEC.fingerprint[:8]}"):
