@@ -5,10 +5,10 @@ Everything is decided by recording: windows of one recording never lie on two si
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megascale import seeding
 from megascale.config import Section
@@ -51,6 +51,15 @@ class TaskConfig(Section):
     group: str | None = Field(
         None, description="a label that should not lie on two sides, looked for and told; null: instrument_str, if any"
     )
+
+    @field_validator("classes", "absent_from_test", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        return [
+            str(value) if isinstance(value, int | float) else value for value in values
+        ]  # as `values_of` spells them
 
     @model_validator(mode="after")
     def _is_complete(self) -> "TaskConfig":
