@@ -77,11 +77,7 @@ class Lines:
 
 
 def predict_all(predictor: Predictor, inputs: Inputs, urls: Sequence[str], window: int | None, lines: Lines) -> None:
-    """Answer for arguments.
-
-    Raises:
-        MegascaleError: not one clip could be answered for; nothing was written then.
-    """
+    """Answer for arguments."""
     found = [item for url in urls for item in inputs.find(url)]
     # on a terminal the lines themselves tell how far it is
     progress = Progress("" if sys.stdout.isatty() else "predicting", inputs.num_clips, unit="clips")
@@ -89,11 +85,6 @@ def predict_all(predictor: Predictor, inputs: Inputs, urls: Sequence[str], windo
         _answer(predictor, part, window, lines)
         progress.total = inputs.num_clips
         progress.update(lines.num_clips + lines.num_bad, f"{lines.num_bad} bad" if lines.num_bad else "")
-    if not lines.num_clips:
-        assert lines.first_error is not None, "every input is answered for"
-        if lines.num_bad == 1:
-            raise lines.first_error
-        raise DataError(f"none of {lines.num_bad} clips could be answered for; the first: {lines.first_error}")
 
 
 def predict_stream(
@@ -124,7 +115,15 @@ def _parts(items: Iterator[Clip | Failure], size: int) -> Iterator[list[Clip | F
 
 
 def finish(lines: Lines, embeddings: EmbeddingFile | None) -> int:
-    """Publish the embeddings, say what was done, and return the exit code: 0, or 3 if there were bad inputs."""
+    """Publish the embeddings, say what was done, and return the exit code: 0, or 3 if there were bad inputs.
+
+    Raises:
+        MegascaleError: not one clip could be answered for; no embeddings are written then.
+    """
+    if lines.first_error is not None and not lines.num_clips:
+        if lines.num_bad == 1:
+            raise lines.first_error
+        raise DataError(f"none of {lines.num_bad} clips could be answered for; the first: {lines.first_error}")
     told = f"{lines.num_clips} clips {'labelled' if lines.has_labels else 'listed'} on stdout"
     if embeddings is not None and len(embeddings):
         embeddings.publish()

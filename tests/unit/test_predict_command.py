@@ -182,9 +182,20 @@ def test_each_line_of_stdin_is_answered_and_bad_ones_end_with_3(call, model, tmp
     assert [line.get("key") for line in lines[2:5]] == ["clip-0000", "clip-0001", "clip-0002"]
     assert lines[1] == {"source": "gone.ecdc", "error": "gone.ecdc: no such file"}
     assert "credentials" in lines[5]["error"] and "secret" not in json.dumps(lines) + err
+
+
+def test_stream_of_bad_lines_alone_answers_for_each_and_ends_with_2(call, model, tmp_path, monkeypatch):
     given(monkeypatch, b"gone.ecdc\n")
-    code, (line,), _ = call(model, "-")
-    assert (code, line["source"]) == (3, "gone.ecdc"), "a stream is answered for line by line, also if all are bad"
+    code, (line,), err = call(model, "-")
+    assert (code, line["source"]) == (2, "gone.ecdc")
+    assert err == "StorageError: gone.ecdc: no such file\n"
+    given(monkeypatch, b"gone.ecdc\nlost.ecdc\n")
+    code, lines, err = call(model, "-", "--embeddings", tmp_path / "out.npz")
+    assert (code, [line["source"] for line in lines]) == (2, ["gone.ecdc", "lost.ecdc"])
+    assert err == "DataError: none of 2 clips could be answered for; the first: gone.ecdc: no such file\n"
+    assert not (tmp_path / "out.npz").exists()
+    given(monkeypatch, b"")
+    assert call(model, "-")[:2] == (0, [])
 
 
 # -------------------------------------------------------------------------------------------------------- embeddings
