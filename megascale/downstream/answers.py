@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import IO, Any, NoReturn
 
+import numpy as np
+
 from megascale.downstream.embeddings import EmbeddingFile
 from megascale.downstream.inputs import Clip, Failure, Inputs
 from megascale.downstream.predict import Answer, Predictor
+from megascale.downstream.protocols import SURE
 from megascale.errors import DataError, MegascaleError, Stopped, StorageError
 from megascale.log import Progress, say
 
@@ -19,9 +22,18 @@ _PARTS_OF_BATCHES = 4  # clips looked at together, in batches: enough to find so
 class Lines:
     """Writes answers to stdout, and embeddings to their file. Counts `num_clips` and `num_bad`."""
 
-    def __init__(self, out: IO[str], classes: list[str] | None, embeddings: EmbeddingFile | None, hold: bool) -> None:
-        """`hold`: keep the lines of bad inputs back until the first good one, because with none there is no line at all."""
-        self._out, self._classes, self._embeddings, self._hold = out, classes, embeddings, hold
+    def __init__(
+        self, out: IO[str], classes: list[str] | None, several: bool, embeddings: EmbeddingFile | None, hold: bool
+    ) -> None:
+        """
+        Args:
+            out: stdout.
+            classes: the model's; None: it has none.
+            several: whether a clip may be of any number of them (`task.kind=multi`).
+            embeddings: where those go.
+            hold: keep the lines of bad inputs back until the first good one, because with none there is no line at all.
+        """
+        self._out, self._classes, self._several, self._embeddings, self._hold = out, classes, several, embeddings, hold
         self._held: list[dict[str, Any]] = []
         self.has_labels = classes is not None
         self.num_clips = self.num_bad = 0
@@ -36,13 +48,18 @@ class Lines:
             line["key"] = _plain(clip.key)
         frames = clip.codes_QT.shape[1]
         if answer.probabilities_C is not None and self._classes is not None:
-            line["label"] = self._classes[int(answer.probabilities_C.argmax())]
+            line |= self._labels(self._classes, answer.probabilities_C)
             shares = [round(float(share), 6) for share in answer.probabilities_C]
             line["probabilities"] = dict(zip(self._classes, shares, strict=True))
         self._put(line | {"frames": frames, "seconds": round(clip.seconds, 6)})
         if self._embeddings is not None:
             key = None if clip.key is None else _plain(clip.key)
             self._embeddings.add(_plain(clip.source), key, frames, clip.seconds, answer.embedding_D)
+
+    def _labels(self, classes: list[str], probabilities_C: np.ndarray) -> dict[str, Any]:
+        if not self._several:
+            return {"label": classes[int(probabilities_C.argmax())]}
+        return {"labels": [name for name, p in zip(classes, probabilities_C, strict=True) if p >= SURE]}
 
     def fail(self, failure: Failure) -> None:
         """Write the line of what could not be read."""

@@ -19,6 +19,7 @@ from megascale.errors import DataError
 T = TypeVar("T")
 Splits = dict[str, list[int]]
 SPLITS = ("train", "valid", "test")
+SURE = 0.5  # where a clip has any number of labels, those of this probability or more are told as its own
 _PAPER_SHARES = (0.1, 0.1)
 
 

@@ -88,6 +88,17 @@ def test_inputs_of_all_kinds_are_answered_for_in_their_order(call, model, tmp_pa
     assert lines[0]["probabilities"] == lines[-1]["probabilities"]
 
 
+def test_labels_of_a_model_of_several_are_those_of_half_and_more(call, tmp_path):
+    write_classifier(tmp_path / "model", told={"task_kind": "multi"})
+    write_token_folder(tmp_path / "tokens", 20, frames=40)
+    code, lines, _ = call(tmp_path / "model", tmp_path / "tokens")
+    assert code == 0 and len(lines) == 20
+    for line in lines:
+        assert list(line) == ["source", "key", "labels", "probabilities", "frames", "seconds"]
+        assert line["labels"] == [name for name in CLASSES if line["probabilities"][name] >= 0.5]
+    assert {len(line["labels"]) for line in lines} >= {1, 2}, "one, and several"
+
+
 def test_windows_are_averaged_unless_a_clip_is_taken_whole(call, model, tmp_path):
     codes_QT = draw_codes(800)
     path = write_stream(tmp_path / "long.ecdc", codes_QT)
