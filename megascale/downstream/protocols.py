@@ -102,7 +102,9 @@ def values_of(clip: StoredClip, config: TaskConfig) -> tuple[str, ...]:
     """
     label = config.label
     if label not in clip.labels:
-        known = ", ".join(sorted(clip.labels)) or "none"
+        known = ", ".join(sorted(clip.labels)) or (
+            "none; tokenised with source.label_from_folder=true, files have their folder's name as `class`"
+        )
         raise DataError(f"{clip.source}: has no label {label!r} (task.label); its labels: {known}")
     value = clip.labels[label]
     if config.kind == "single":

@@ -178,6 +178,12 @@ def test_classes_are_sorted_names():
 @pytest.mark.parametrize(
     ("clips", "label", "text"),
     [
+        (
+            [StoredClip("a", None, "a", "a.wav", {}, None)],
+            "class",
+            "a.wav: has no label 'class' (task.label); its labels: none; tokenised with source.label_from_folder=true, "
+            "files have their folder's name as `class`",
+        ),
         ([clip("a"), clip("b")], "mood", "a.wav: has no label 'mood' (task.label); its labels: genre, year"),
         ([clip("a"), clip("b")], "genre", "task.label=genre: 1 class; a classifier needs at least two"),
         ([], "genre", "task.label=genre: 0 class; a classifier needs at least two"),
