@@ -145,10 +145,11 @@ def _agree(config: TokenizeConfig, plan: Plan, fitted: bytes | None) -> Plan:
 
 def _keep_codec(config: TokenizeConfig, codec: Codec) -> None:
     """Put a codec that was given beside the shards: whoever has them, or a model of them, has what tokenises for them."""
-    if (
-        config.codec.weights != CALIBRATE and not codec.published
-    ):  # a fitted one lies there, and published ones never do
-        storage.publish_bytes(storage.join(config.output.url, CODEC_FILE), codec.to_bytes())
+    if config.codec.weights == CALIBRATE or codec.published:  # a fitted one lies there; published ones are never copied
+        return
+    where, data = storage.join(config.output.url, CODEC_FILE), codec.to_bytes()
+    if not storage.exists(where) or storage.read_bytes(where) != data:  # a disk that was full has no room for two
+        storage.publish_bytes(where, data)
 
 
 # ------------------------------------------------------------------------------------------------------- the workers
