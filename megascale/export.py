@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from megascale import hub, run_folder, storage
 from megascale.data.index import CodecFacts, StoredClip
 from megascale.data.loader import collate
-from megascale.errors import CheckpointError, DataError
-from megascale.log import read_metrics
+from megascale.errors import CheckpointError, DataError, StorageError
+from megascale.log import read_metrics, say
 from megascale.model import mega_audioformer
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import GlobalEncoder, mean_over_frames
 from megascale.model_card import CODEC_FILE, RunFacts, model_card
 from megascale.seeding import torch_generator
+from megascale.tokens import PUBLISHED_NAME
 from megascale.train import manifest as manifests
 from megascale.train.checkpoint import EMA, checkpoint_of, read_model, write_model
 from megascale.train.manifest import CHECKPOINTS
@@ -118,13 +119,21 @@ def _run_of(url: str, checkpoint: str | None) -> str | None:
 
 
 def _codec_of_run(run: str | None, facts: dict[str, Any]) -> str | None:
-    """Return the codec beside the tokens that a run was trained on, if it still lies there and is the model's."""
+    """Return the codec beside the tokens that a run was trained on, if it can be read there and is the model's."""
     tokens = _inner(None if run is None else run_folder.read_config_at(run), "data", "url")
-    if not isinstance(tokens, str) or not storage.is_local(tokens):
+    if not isinstance(tokens, str) or _inner(facts, "codec", "name") == PUBLISHED_NAME:  # those lie beside no tokens
         return None
     codec = storage.join(tokens, CODEC_FILE)
-    is_its_own = storage.exists(codec) and codec_fingerprint_of(codec) == _inner(facts, "codec", "fingerprint")
+    try:
+        is_its_own = storage.exists(codec) and _is_codec_of(codec, facts)
+    except StorageError as failure:  # the model is good for streams without it
+        say(f"{failure}; going on without the model's codec")
+        return None
     return codec if is_its_own else None
+
+
+def _is_codec_of(url: str, facts: dict[str, Any]) -> bool:
+    return codec_fingerprint_of(url) == _inner(facts, "codec", "fingerprint")
 
 
 def _inner(tree: Any, *keys: str) -> Any:
@@ -224,9 +233,14 @@ class Pretrained(ModelHubMixin):
             )
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         codec = None if self.codec_url is None else storage.read_bytes(self.codec_url)
+        beside, replaces = save_directory / CODEC_FILE, (save_directory / _WEIGHTS).exists()
         write_model(save_directory, weights, self.facts)
+        # whatever lay there was another model's: the mixin would keep its card
+        storage.publish_bytes(str(save_directory / _CARD), str(self.generate_model_card()).encode())
         if codec is not None:
-            storage.publish_bytes(str(save_directory / CODEC_FILE), codec)
+            storage.publish_bytes(str(beside), codec)
+        elif replaces and beside.exists() and not _is_codec_of(str(beside), self.facts):
+            beside.unlink()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the card: that of the model's run, or the one it was exported with."""

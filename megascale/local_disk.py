@@ -60,6 +60,25 @@ def publish(
     return True
 
 
+def check_writable(path: Path) -> None:
+    """Raise the StorageError that `publish` would, by trying; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        made = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = _temporary_beside(path)
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as failure:
+        raise StorageError(f"{path}: cannot write: {failure.strerror}") from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # another process may have put something there
+                folder.rmdir()
+
+
 def _temporary_beside(path: Path) -> tuple[int, str]:
     """Open a new file that is locked for as long as its writer lives: see `remove_partial`."""
     while True:

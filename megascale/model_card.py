@@ -5,10 +5,12 @@ from typing import Any
 
 import yaml
 
+from megascale.hub import is_repo_id
 from megascale.tokens import FRAMES_PER_SECOND, KBPS_PER_CODEBOOK, PUBLISHED_NAME
 
 CODEC_FILE = "codec.safetensors"
-_PLACES = ("output", "storage", "log", "checkpoint")  # of a config: they say where, not what
+# of a config: they say where, not what
+_PLACES = ("output", "storage", "log", "checkpoint", "data.url", "data.cache", "task.lists", "zero.deepspeed_json")
 _NO_SCORES = ("checkpoint", "codec", "wall_seconds")
 
 
@@ -74,7 +76,7 @@ def _rows(facts: dict[str, Any], run: RunFacts, kbps: float) -> list[tuple[str, 
     if "corpus" in facts:
         rows.append(("tokens trained on (fingerprint)", f"`{facts['corpus']}`"))
     if facts.get("init_from"):
-        rows.append(("first weights of the global encoder", f"`{facts['init_from']}`"))
+        rows.append(("first weights of the global encoder", f"`{_first_weights(facts['init_from'])}`"))
     if "classes" in facts:
         rows.append(("classes", ", ".join(map(str, facts["classes"]))))
     if run.step is not None:
@@ -120,7 +122,26 @@ def _scores(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _config_text(config: dict[str, Any]) -> str:
     """Return what was computed as YAML; where things lay is left out, for cards are public."""
-    kept = {key: value for key, value in config.items() if key not in _PLACES}
-    if isinstance(kept.get("data"), dict):
-        kept["data"] = {key: value for key, value in kept["data"].items() if key not in ("url", "cache")}
+    kept = config
+    if isinstance(config.get("checkpoint"), str):  # which gave the shape: the config's own was not used
+        kept = _without(kept, "model")
+    for place in _PLACES:
+        kept = _without(kept, place)
+    model = kept.get("model")
+    if isinstance(model, dict) and model.get("init_from"):
+        kept = kept | {"model": model | {"init_from": _first_weights(model["init_from"])}}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def _without(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """Return a copy without a key, which may lie in a section."""
+    key, _, rest = dotted.partition(".")
+    if not rest:
+        return {name: value for name, value in tree.items() if name != key}
+    inner = tree.get(key)
+    return tree | {key: _without(inner, rest)} if isinstance(inner, dict) else tree
+
+
+def _first_weights(init_from: str) -> str:
+    """Return the id of a hub's repo as it is; of a folder only that it was one."""
+    return init_from if is_repo_id(init_from.removeprefix("hf:")) else "hf:FOLDER"

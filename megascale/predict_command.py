@@ -16,8 +16,9 @@ from megascale.tokens import FRAMES_PER_SECOND
 
 _DESCRIPTION = """\
 Labels compressed audio without decoding it: JSON lines on stdout, one for each clip, in the order of the inputs, with
-`source`, `key` (of a clip in a shard), `label`, `probabilities` of all classes, `frames` (75 a second) and `seconds`. What
-cannot be read has `error` in place of a label, and the others are answered for all the same."""
+`source`, `key` (of a clip in a shard), `label`, `probabilities` of all classes, `frames` (75 a second) and `seconds`. Of a
+model with several labels a clip (task.kind=multi) it is `labels`, those of probability 0.5 and more. What cannot be read has
+`error` in place of a label, and the others are answered for all the same."""
 _EPILOG = """\
 INPUT: an .ecdc stream, a token folder (with manifest.json), a single shard (.tar), a recording (with --codec), or a
 folder, prefix or glob of these, local or on any storage URL; or `-` alone: one such path or URL a line on stdin, each
@@ -125,7 +126,7 @@ def run(argv: Sequence[str] | None) -> int:
     inputs = Inputs(facts.codec, facts.num_codebooks, tokeniser, suffixes, arguments.max_seconds)
     window = _window_frames(arguments.window, facts.clip_frames)
     is_stream = arguments.inputs == ["-"]
-    lines = answers.Lines(sys.stdout, predictor.classes, embeddings, hold=not is_stream)
+    lines = answers.Lines(sys.stdout, predictor.classes, facts.task_kind == "multi", embeddings, hold=not is_stream)
     try:
         if is_stream:
             answers.predict_stream(predictor, inputs, sys.stdin.buffer, window, lines)

@@ -5,6 +5,7 @@ publishes a partial object when the writer raises, so it is not used here.) Cred
 the store's own library and are never logged or written by this package.
 """
 
+import contextlib
 import glob as globbing
 import hashlib
 import io
@@ -13,7 +14,6 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -140,7 +140,7 @@ def read_text(url: str) -> str:
         raise StorageError(f"{url}: not UTF-8 text") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open a file for seekable binary reading; remote files are read in blocks, never whole."""
     if is_local(url):
@@ -302,6 +302,17 @@ def publish_bytes(url: str, data: bytes, create_only: bool = False) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def check_writable(url: str) -> None:
+    """Find out, by trying, whether a file could be written at a URL; what is there is left alone. Raises StorageError."""
+    if is_local(url):
+        local_disk.check_writable(local_path(url))
+        return
+    probe = f"{url}.probe"
+    publish_bytes(probe, b"")
+    with contextlib.suppress(StorageError):  # one may be allowed to write and not to delete
+        delete(probe)
 
 
 def download(

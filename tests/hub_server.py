@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,17 +19,24 @@ TOKEN = "hf_of_the_tests"
 
 @dataclass
 class Hub:
-    """endpoint: its URL. repos: the files of each repo's newest commit. private: the repos that were made private."""
+    """endpoint: its URL. repos: the files of each repo's newest commit. private: the repos that were made private.
+    meanwhile: called once after it has sent the file of that name, as if somebody pushed just then."""
 
     endpoint: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    meanwhile: dict[str, Callable[[], None]] = field(default_factory=dict)
+    _commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
 
     def commit_of(self, repo: str) -> str:
         digest = hashlib.sha1()
         for name, data in sorted(self.repos[repo].items()):
             digest.update(name.encode() + data)
+        self._commits[repo, digest.hexdigest()] = dict(self.repos[repo])
         return digest.hexdigest()
+
+    def files_of(self, repo: str, commit: str) -> dict[str, bytes] | None:
+        return self._commits.get((repo, commit))
 
 
 @contextmanager
@@ -65,14 +72,18 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or found[1] not in self.hub.repos:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         repo, revision, name = found.groups()
-        commit, files = self.hub.commit_of(repo), self.hub.repos[repo]
-        if revision not in ("main", commit):
+        newest = self.hub.commit_of(repo)
+        commit = newest if revision == "main" else revision
+        files = self.hub.files_of(repo, commit)
+        if files is None:
             return self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         known = {"X-Repo-Commit": commit}
         if name not in files:
             return self._answer(404, {"error": "Entry not found"}, known | {"X-Error-Code": "EntryNotFound"})
         etag = hashlib.sha256(files[name]).hexdigest()
         self._send(200, files[name], known | {"ETag": f'"{etag}"'}, with_body)
+        if with_body and name in self.hub.meanwhile:
+            self.hub.meanwhile.pop(name)()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

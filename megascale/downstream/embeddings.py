@@ -31,12 +31,14 @@ class EmbeddingFile:
 
         Raises:
             ConfigError: another ending, or megascale[parquet] is missing.
+            StorageError: its place cannot be written.
         """
         if not url.lower().endswith((".parquet", ".npz")):
             raise ConfigError(f"--embeddings={url}: ends in neither .parquet nor .npz")
         self.is_parquet = url.lower().endswith(".parquet")
         if self.is_parquet:
             _arrow()
+        storage.check_writable(url)  # the clips may take hours
         self.url, self._width, self._facts = url, width, facts
         self._spool = tempfile.TemporaryFile(prefix="megascale-embeddings-")  # noqa: SIM115  # gone with this object
         self._rows: list[tuple[str, str | None, int, float]] = []

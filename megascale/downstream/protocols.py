@@ -5,10 +5,10 @@ Everything is decided by recording: windows of one recording never lie on two si
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megascale import seeding
 from megascale.config import Section
@@ -19,6 +19,7 @@ from megascale.errors import DataError
 T = TypeVar("T")
 Splits = dict[str, list[int]]
 SPLITS = ("train", "valid", "test")
+SURE = 0.5  # where a clip has any number of labels, those of this probability or more are told as its own
 _PAPER_SHARES = (0.1, 0.1)
 
 
@@ -32,6 +33,11 @@ class TaskConfig(Section):
     )
     classes: list[str] | None = Field(
         None, min_length=2, description="values of the label that take part; clips of others are left out. null: all"
+    )
+    absent_from_test: list[str] = Field(
+        [],
+        description="single: classes that no test clip need be of, such as NSynth's synth_lead; any other without one is "
+        "refused",
     )
     protocol: Literal["official", "paper", "stratified", "folds", "lists"] = Field(
         "paper",
@@ -51,6 +57,15 @@ class TaskConfig(Section):
     group: str | None = Field(
         None, description="a label that should not lie on two sides, looked for and told; null: instrument_str, if any"
     )
+
+    @field_validator("classes", "absent_from_test", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        return [
+            str(value) if isinstance(value, int | float) else value for value in values
+        ]  # as `values_of` spells them
 
     @model_validator(mode="after")
     def _is_complete(self) -> "TaskConfig":
@@ -108,7 +123,9 @@ def values_of(clip: StoredClip, config: TaskConfig) -> tuple[str, ...]:
     """
     label = config.label
     if label not in clip.labels:
-        known = ", ".join(sorted(clip.labels)) or "none"
+        known = ", ".join(sorted(clip.labels)) or (
+            "none; tokenised with source.label_from_folder=true, files have their folder's name as `class`"
+        )
         raise DataError(f"{clip.source}: has no label {label!r} (task.label); its labels: {known}")
     value = clip.labels[label]
     if config.kind == "single":

@@ -1,6 +1,7 @@
 """What a split is worth: classes that cannot be learned or scored, and what lies on two sides of it."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ def check_split(clips: Sequence[StoredClip], splits: Splits, config: TaskConfig)
         example; `classes_absent` from validation and test; `unlisted` and `missing` of the lists; `summary`, one line.
 
     Raises:
-        DataError: a class to be scored is in no training clip, a split holds a single class, or no clip has `task.group`.
+        DataError: a class to be scored is in no training clip, one that was trained is in no test clip (unless
+            `task.absent_from_test` names it), a split holds a single class, or no clip has `task.group`.
     """
     _check_classes(clips, splits, config)
     sides = {name: [clips[i] for i in members] for name, members in splits.items()}
@@ -63,6 +65,17 @@ def _check_classes(clips: Sequence[StoredClip], splits: Splits, config: TaskConf
             raise DataError(
                 f"task.label={config.label}: all {len(rows)} clips of the {name} split are of {one or 'none'}"
             )
+    if config.kind == "multi":  # mAP is the mean over classes that occur, and of hundreds of tags some are always rare
+        return
+    tested = {value for values in carried["test"] for value in values}
+    absent = sorted(trained - tested - set(config.absent_from_test))
+    if absent:
+        more = f" (nor of {len(absent) - 1} more classes)" if len(absent) > 1 else ""
+        named = json.dumps(sorted({*absent, *config.absent_from_test}), ensure_ascii=False)
+        raise DataError(
+            f"task.label={config.label}: no test clip is of {absent[0]!r}{more}, which training holds; task.classes can "
+            f"leave it out, task.absent_from_test={named} lets it be"
+        )
 
 
 def _group_label(clips: Sequence[StoredClip], config: TaskConfig) -> str | None:

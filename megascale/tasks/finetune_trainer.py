@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megascale.data.loader import Batch
+from megascale.downstream.protocols import SURE
 from megascale.downstream.scores import average_windows, score, score_labels
 from megascale.log import MetricLog
 from megascale.model.mega_audioformer import AudioClassifier
@@ -154,7 +155,7 @@ class Trainer:
         for name, target, row in zip(names, targets_R, probabilities_RC, strict=True):
             if self._multi:
                 told = [
-                    ";".join(c for c, has in zip(classes, kept, strict=True) if has) for kept in (target, row >= 0.5)
+                    ";".join(c for c, has in zip(classes, kept, strict=True) if has) for kept in (target, row >= SURE)
                 ]
             else:
                 told = [classes[int(target)], classes[int(row.argmax())]]

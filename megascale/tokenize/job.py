@@ -26,9 +26,10 @@ from megascale.data.index import (
 from megascale.errors import ConfigError, DataError, QuarantineExceeded
 from megascale.log import Progress, duration, say
 from megascale.stopping import StopSignal
-from megascale.tokenize.codec import Codec, load_codec
+from megascale.tokenize.codec import CALIBRATE, Codec, load_codec
 from megascale.tokenize.drive import drive, users_mistake
 from megascale.tokenize.plan import (
+    CODEC_FILE,
     PLAN,
     Plan,
     TokenizeConfig,
@@ -73,6 +74,7 @@ def run(config: TokenizeConfig) -> Manifest:
     if stored is None or fitted is not None:
         plan = _agree(config, plan, fitted)
     codec = load_codec(codec_url(config))
+    _keep_codec(config, codec)
     missing = [shard for shard in plan.shards if read_committed(url, shard, codec.fingerprint) is None]
     spent = _encode_shards(config, codec_url(config), plan, missing) if missing else {}
     indexes = [_committed(url, shard, codec) for shard in plan.shards]
@@ -139,6 +141,15 @@ def _agree(config: TokenizeConfig, plan: Plan, fitted: bytes | None) -> Plan:
     agreed = read_plan(config)
     assert agreed is not None, "it was just written"
     return agreed
+
+
+def _keep_codec(config: TokenizeConfig, codec: Codec) -> None:
+    """Put a codec that was given beside the shards: whoever has them, or a model of them, has what tokenises for them."""
+    if config.codec.weights == CALIBRATE or codec.published:  # a fitted one lies there; published ones are never copied
+        return
+    where, data = storage.join(config.output.url, CODEC_FILE), codec.to_bytes()
+    if not storage.exists(where) or storage.read_bytes(where) != data:  # a disk that was full has no room for two
+        storage.publish_bytes(where, data)
 
 
 # ------------------------------------------------------------------------------------------------------- the workers

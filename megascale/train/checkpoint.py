@@ -63,7 +63,7 @@ def save_rank_state(folder: Path, rank: int, consumed_samples: int) -> None:
     if torch.cuda.is_available():
         state["rng_cuda"] = torch.cuda.get_rng_state()
     path = folder / f"rank-{rank:05d}.safetensors"
-    safetensors.torch.save_file(state, path, {"consumed_samples": str(consumed_samples)})
+    _write_tensors(path, state, {"consumed_samples": str(consumed_samples)})
 
 
 def load_rank_state(folder: Path, rank: int) -> None:
@@ -177,10 +177,23 @@ def best(checkpoints: Path) -> Path | None:
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write weights (safetensors) and what is needed to rebuild and use the model (config.json)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    """Write weights (safetensors) and what is needed to rebuild and use the model (config.json).
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    _write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
     storage.publish_bytes(str(folder / "config.json"), json.dumps(facts, indent=1).encode())
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, path, metadata)
+        path.chmod(0o644)  # safetensors' 0600 would hide models from a team sharing the folder
+    except (OSError, safetensors.SafetensorError) as failure:
+        reason = getattr(failure, "strerror", None) or " ".join(str(failure).split())
+        raise StorageError(f"{path}: cannot write: {reason}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -248,7 +248,8 @@ def disk_full(chaos: Chaos) -> Iterator[Line]:
     """A disk that is full half way, then larger. Left out where this user may not mount one."""
     disk = chaos.folder / "disk"
     disk.mkdir()
-    with mounted(disk, "size=1m") as may:
+    codec = chaos.weights.stat().st_size  # lies beside the shards, too
+    with mounted(disk, f"size={codec + (1 << 20)}") as may:
         if not may:
             say("disk full: left out, because this user may not mount a disk")
             return
@@ -256,7 +257,7 @@ def disk_full(chaos: Chaos) -> Iterator[Line]:
         job = chaos.start(chaos.folder / "audio", disk / "out")
         if job.wait() != 2 or "No space left on device" not in chaos.log():
             line.wrong = f"exit code {job.returncode} on a full disk: {chaos.log()[-400:]}"
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={codec + (16 << 20)}", str(disk)], check=True)
         chaos.finish(line, chaos.start(chaos.folder / "audio", disk / "out"), disk / "out")
     yield line
 

@@ -62,6 +62,24 @@ def test_a_run_is_pushed_with_its_card_and_read_by_its_id(call, hub, tmp_path):
         assert (tmp_path / folder / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
 
 
+def test_all_files_are_of_one_commit_though_another_is_pushed_meanwhile(call, hub, tmp_path):
+    kept = [write_run(tmp_path / "run") / "checkpoints" / f"step-000000{step}" / "model" for step in (10, 20)]
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in kept)
+    hub.repos["me/audio"] = dict(first)
+
+    def push() -> None:
+        hub.repos["me/audio"] = second | {"README.md": b"of the second"}
+
+    hub.meanwhile["config.json"] = push
+    export = ["-m", "megascale", "export", "me/audio"]
+    call(*export, str(tmp_path / "first"))
+    assert hub.repos["me/audio"]["README.md"] == b"of the second", "it was pushed"
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == first["model.safetensors"]
+    assert "of the second" not in (tmp_path / "first" / "README.md").read_text()
+    call(*export, str(tmp_path / "second"))
+    assert (tmp_path / "second" / "model.safetensors").read_bytes() == second["model.safetensors"]
+
+
 def test_a_hub_that_refuses_or_has_no_such_repo_is_one_line_and_exit_2(call, hub, tmp_path):
     run, out = write_run(tmp_path / "run"), str(tmp_path / "out")
     hub.repos["me/notes"] = {"README.md": b"no model"}

@@ -106,6 +106,8 @@ def test_streams_of_the_same_codec_pass_through_with_every_byte(audio, tokens, t
     (folder / "other.ecdc").write_bytes(write_ecdc(codes_QT, codes_QT.shape[1] * 320, "encodec_24khz"))
     shutil.copy(next(audio.rglob("low-000.wav")), folder / "audio.wav")
     run(tokenize(folder, tmp_path / "out", same_codec(tokens), "quarantine.max_share=0.5"))
+    kept = [(place / "codec.safetensors").read_bytes() for place in (tmp_path / "out", tokens)]
+    assert kept[0] == kept[1], "what is needed to tokenise for these tokens lies beside them, too"
     stored = {}
     for shard in sorted((tmp_path / "out").glob("*.tar")):
         with tarfile.open(shard) as tar:

@@ -192,6 +192,35 @@ def test_the_card_names_the_language_model_that_weights_began_as():
     assert "| first weights of the global encoder | `hf:EuroBERT/EuroBERT-210m` |" in card
 
 
+def test_the_card_of_a_fine_tuned_run_has_one_shape_and_no_places(tmp_path):
+    write_finetuned(tmp_path / "run")
+    made = {
+        "data": {"url": "/secret/tokens", "bitrate_kbps": 1.5},
+        "task": {"label": "genre", "lists": {"train": "/secret/train.txt"}},
+        "checkpoint": "/secret/run",
+        "model": {"layers": 12, "width": 768, "init_from": None},  # defaults, which the checkpoint goes before
+        "zero": {"stage": 1, "deepspeed_json": "/secret/ds.json"},
+        "output": {"url": "/secret/out"},
+    }
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(made))
+    card = AudioClassifier.from_pretrained(tmp_path / "run").card
+    config = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert config == {"data": {"bitrate_kbps": 1.5}, "task": {"label": "genre"}, "zero": {"stage": 1}}
+    assert "2 layers of width 32" in card and "/secret" not in card
+    # without a checkpoint the shape is the config's own
+    scratch = made | {"checkpoint": None, "model": {"layers": 2, "width": 32, "init_from": "hf:/secret/eurobert"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(scratch))
+    card = AudioClassifier.from_pretrained(tmp_path / "run").card
+    config = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert config["model"] == {"layers": 2, "width": 32, "init_from": "hf:FOLDER"}
+    assert "/secret" not in card
+
+
+def test_the_card_does_not_say_where_a_language_model_lay():
+    card = model_card(facts_of() | {"init_from": "hf:/secret/eurobert"}, RunFacts(), codec_included=False)
+    assert "| first weights of the global encoder | `hf:FOLDER` |" in card
+
+
 @pytest.mark.parametrize("frames", [40, [40, 17, 33, 40, 5, 40, 40, 9]])
 def test_clips_are_embedded_as_fine_tunings_last_layer_sees_them(tmp_path, frames):
     write_token_folder(tmp_path / "tokens", 8, frames=frames)

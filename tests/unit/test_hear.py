@@ -1,12 +1,15 @@
 """HEAR's entry points: shapes, times, the codec that belongs to a model, and the bits of fine-tuning's own path."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from kept_models import CODEC, write_finetuned, write_run
+from stores import HookedStore, hooked_copy
 from support import tone
 
 from megascale import hear, storage
@@ -136,6 +139,57 @@ def test_an_export_takes_a_calibrated_codec_along_if_it_is_the_models_own(tmp_pa
 
     other = MegaAudioFormer.from_pretrained(write_run(tmp_path / "other", CODEC, codec_file.parent))
     assert other.codec_url is None and "It is not in this folder" in other.card
+
+
+def test_the_codec_beside_tokens_in_a_store_is_found_and_taken_along(tmp_path, made, codec_file):
+    with hooked_copy(codec_file.parent) as tokens:
+        run = write_run(tmp_path / "run", made, tokens)
+        MegaAudioFormer.from_pretrained(run).save_pretrained(tmp_path / "out")
+        assert hear.load_model(str(run)).codec.fingerprint == made.fingerprint
+    assert (tmp_path / "out" / "codec.safetensors").read_bytes() == codec_file.read_bytes()
+
+
+def test_a_fine_tuned_run_has_the_codec_of_its_labelled_tokens(tmp_path, made, codec_file):
+    write_finetuned(tmp_path / "run", made)
+    assert AudioClassifier.from_pretrained(tmp_path / "run").codec_url is None
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": {"url": str(codec_file.parent)}}))
+    assert hear.load_model(str(tmp_path / "run")).codec.fingerprint == made.fingerprint
+
+
+def test_a_store_that_fails_costs_the_codec_and_not_the_model(tmp_path, made, codec_file, capsys):
+    def refuse(name: str) -> None:
+        raise PermissionError(errno.EACCES, "not yours")
+
+    with hooked_copy(codec_file.parent) as tokens:
+        run = write_run(tmp_path / "run", made, tokens)
+        HookedStore.hook = staticmethod(refuse)
+        model = MegaAudioFormer.from_pretrained(run)
+    assert model.codec_url is None and "It is not in this folder" in model.card
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tokens}/codec.safetensors: ") and line.endswith("; going on without the model's codec")
+
+
+def test_an_export_over_another_models_leaves_neither_its_card_nor_its_codec(tmp_path, made, codec_file):
+    MegaAudioFormer.from_pretrained(write_run(tmp_path / "run", made, codec_file.parent)).save_pretrained(
+        tmp_path / "out"
+    )
+    write_finetuned(tmp_path / "finetuned", CODEC)
+    model = AudioClassifier.from_pretrained(tmp_path / "finetuned")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == model.card
+    assert "pipeline_tag: audio-classification" in AudioClassifier.from_pretrained(tmp_path / "out").card
+    assert not (tmp_path / "out" / "codec.safetensors").exists()
+
+
+def test_an_export_deletes_no_codec_that_is_its_own_or_that_no_model_lay_beside(tmp_path, made, codec_file):
+    for place, codec in (("own", made), ("foreign", CODEC)):
+        model = MegaAudioFormer.from_pretrained(write_run(tmp_path / f"run-{place}", codec))
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "codec.safetensors").write_bytes(codec_file.read_bytes())
+        model.save_pretrained(tmp_path / place)
+    assert all((tmp_path / place / "codec.safetensors").exists() for place in ("own", "foreign"))
+    MegaAudioFormer.from_pretrained(tmp_path / "run-own").save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "codec.safetensors").exists()
 
 
 def test_another_codec_is_refused(tmp_path, codec_file):

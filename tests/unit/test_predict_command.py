@@ -88,6 +88,17 @@ def test_inputs_of_all_kinds_are_answered_for_in_their_order(call, model, tmp_pa
     assert lines[0]["probabilities"] == lines[-1]["probabilities"]
 
 
+def test_labels_of_a_model_of_several_are_those_of_half_and_more(call, tmp_path):
+    write_classifier(tmp_path / "model", told={"task_kind": "multi"})
+    write_token_folder(tmp_path / "tokens", 20, frames=40)
+    code, lines, _ = call(tmp_path / "model", tmp_path / "tokens")
+    assert code == 0 and len(lines) == 20
+    for line in lines:
+        assert list(line) == ["source", "key", "labels", "probabilities", "frames", "seconds"]
+        assert line["labels"] == [name for name in CLASSES if line["probabilities"][name] >= 0.5]
+    assert {len(line["labels"]) for line in lines} >= {1, 2}, "one, and several"
+
+
 def test_windows_are_averaged_unless_a_clip_is_taken_whole(call, model, tmp_path):
     codes_QT = draw_codes(800)
     path = write_stream(tmp_path / "long.ecdc", codes_QT)
@@ -182,9 +193,20 @@ def test_each_line_of_stdin_is_answered_and_bad_ones_end_with_3(call, model, tmp
     assert [line.get("key") for line in lines[2:5]] == ["clip-0000", "clip-0001", "clip-0002"]
     assert lines[1] == {"source": "gone.ecdc", "error": "gone.ecdc: no such file"}
     assert "credentials" in lines[5]["error"] and "secret" not in json.dumps(lines) + err
+
+
+def test_stream_of_bad_lines_alone_answers_for_each_and_ends_with_2(call, model, tmp_path, monkeypatch):
     given(monkeypatch, b"gone.ecdc\n")
-    code, (line,), _ = call(model, "-")
-    assert (code, line["source"]) == (3, "gone.ecdc"), "a stream is answered for line by line, also if all are bad"
+    code, (line,), err = call(model, "-")
+    assert (code, line["source"]) == (2, "gone.ecdc")
+    assert err == "StorageError: gone.ecdc: no such file\n"
+    given(monkeypatch, b"gone.ecdc\nlost.ecdc\n")
+    code, lines, err = call(model, "-", "--embeddings", tmp_path / "out.npz")
+    assert (code, [line["source"] for line in lines]) == (2, ["gone.ecdc", "lost.ecdc"])
+    assert err == "DataError: none of 2 clips could be answered for; the first: gone.ecdc: no such file\n"
+    assert not (tmp_path / "out.npz").exists()
+    given(monkeypatch, b"")
+    assert call(model, "-")[:2] == (0, [])
 
 
 # -------------------------------------------------------------------------------------------------------- embeddings
@@ -222,11 +244,11 @@ def test_embeddings_are_the_models_row_by_row(call, model, tmp_path, ending, kin
     assert keys == [*(f"clip-{i:04d}" for i in range(5)), ""]
 
 
-def test_embeddings_that_cannot_be_written_end_with_2(call, model, tmp_path):
+def test_embeddings_that_cannot_be_written_end_with_2_before_a_clip_is_read(call, model, tmp_path):
     clip = write_stream(tmp_path / "clip.ecdc", draw_codes(20))
     (tmp_path / "file").touch()
-    code, lines, err = call(model, clip, "--embeddings", tmp_path / "file" / "out.npz")
-    assert (code, len(lines), err.count("\n")) == (2, 1, 1) and err.startswith("StorageError: ")
+    out = tmp_path / "file" / "out.npz"
+    assert refused(call, model, clip, "--embeddings", out).startswith(f"StorageError: {out}: cannot write: ")
 
 
 # --------------------------------------------------------------------------------------------------------- raw audio
@@ -277,3 +299,13 @@ def test_streams_and_shards_need_neither_codec_nor_ray_nor_deepspeed(model, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("4 clips labelled on stdout")
     assert len(done.stdout.splitlines()) == 4
+
+
+def test_full_disk_behind_stdout_is_one_line(model, tmp_path):
+    write_token_folder(tmp_path / "tokens", 3)
+    code = "import sys; from megascale import cli; sys.exit(cli.predict(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(model), str(tmp_path / "tokens")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr.startswith("StorageError: stdout: cannot write: No space left on device after ")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

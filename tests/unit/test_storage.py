@@ -4,6 +4,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -69,6 +70,25 @@ def test_failed_write_leaves_no_file_and_names_the_url(tmp_path, create_only):
     with largest_file(4096), pytest.raises(StorageError, match=f"^{url}: cannot write: File too large$"):
         storage.publish_bytes(url, bytes(1_000_000), create_only=create_only)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_be_written_is_found_out_and_nothing_stays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path, "file")
+    for url in (tmp_path / "folder", tmp_path / "file" / "x", Path("/proc/none/x")):
+        with pytest.raises(StorageError, match=f"^{url}: cannot write: "):
+            storage.check_writable(str(url))
+    old = storage.read_bytes(str(tmp_path / "file"))
+    for place in ("file", "new", "a/b/c/new", "folder/new"):
+        storage.check_writable(str(tmp_path / place))
+    assert storage.read_bytes(str(tmp_path / "file")) == old
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+    storage.publish_bytes(f"memory:/{tmp_path}/x", b"old")
+    storage.check_writable(f"memory:/{tmp_path}/x")
+    assert storage.read_bytes(f"memory:/{tmp_path}/x") == b"old"
+    assert list(storage.sizes(f"memory:/{tmp_path}")) == ["x"]
+    with pytest.raises(StorageError, match=r"^nonsense://bucket/x: "):
+        storage.check_writable("nonsense://bucket/x")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

@@ -69,6 +69,17 @@ def test_class_that_is_named_and_has_no_clip_is_refused():
         TaskConfig(label="genre", classes=["rock"])
 
 
+def test_numbers_are_classes_as_they_are_in_yaml():
+    config = validate(TaskConfig, "task", {"label": "genre", "classes": [60, 61, 0.5], "absent_from_test": [61, True]})
+    assert (config.classes, config.absent_from_test) == (["60", "61", "0.5"], ["61", "True"])
+    clips = [clip(f"{pitch}", pitch) for pitch in (60, 61, 62, 0.5)]
+    assert taking_part(clips, config) == [clips[0], clips[1], clips[3]]
+    with pytest.raises(ConfigError, match=r"^task\.classes\.1=\[61\]: Input should be a valid string$"):
+        validate(TaskConfig, "task", {"label": "genre", "classes": [60, [61]]})
+    with pytest.raises(ConfigError, match=r"^task\.classes=60: Input should be a valid list$"):
+        validate(TaskConfig, "task", {"label": "genre", "classes": 60})
+
+
 @pytest.mark.parametrize("config", [PAPER, STRATIFIED])
 @pytest.mark.parametrize("together", [True, False])
 def test_no_recording_lies_on_two_sides_and_every_clip_lies_on_one(config, together):
@@ -207,6 +218,12 @@ def test_classes_are_sorted_names():
 @pytest.mark.parametrize(
     ("clips", "label", "text"),
     [
+        (
+            [StoredClip("a", None, "a", "a.wav", {}, None)],
+            "class",
+            "a.wav: has no label 'class' (task.label); its labels: none; tokenised with source.label_from_folder=true, "
+            "files have their folder's name as `class`",
+        ),
         ([clip("a"), clip("b")], "mood", "a.wav: has no label 'mood' (task.label); its labels: genre, year"),
         ([clip("a"), clip("b")], "genre", "task.label=genre: 1 class; a classifier needs at least two"),
         ([], "genre", "task.label=genre: 0 class; a classifier needs at least two"),

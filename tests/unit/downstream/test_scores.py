@@ -91,6 +91,20 @@ def test_d_prime_is_audiosets():
         assert found["d_prime"] == pytest.approx(d_prime, abs=0.01)  # the published AUC has three digits
 
 
+def test_d_prime_is_of_the_mean_auc():
+    targets_RC = np.repeat(np.eye(5, 1), 3, axis=1)
+    below = [
+        1,
+        3,
+        4,
+    ]  # of four negatives; AUCs of 1/4, 3/4 and 1: neither the mean of d's (1 has none) nor the median's
+    probabilities_RC = np.array([[count - 0.5 for count in below], *([i] * 3 for i in range(4))])
+    found = score_labels(targets_RC, probabilities_RC, ["a", "b", "c"])
+    assert [row["auc"] for row in found["per_class"].values()] == [0.25, 0.75, 1.0]
+    assert found["auc"] == pytest.approx(2 / 3)
+    assert found["d_prime"] == pytest.approx(math.sqrt(2) * 0.430727, abs=1e-6)  # tables: Phi(0.430727) = 2/3
+
+
 def test_d_prime_without_a_bound_is_none_and_the_scores_are_json():
     perfect = score_labels(TARGETS, TARGETS, ["a", "b", "absent", "everywhere"])
     assert (perfect["map"], perfect["auc"], perfect["d_prime"]) == (1.0, 1.0, None)

@@ -151,12 +151,29 @@ def test_codes_of_another_shape_are_not_equal():
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
-def test_class_absent_from_test_is_allowed_and_told():
-    found = check([*corpus(), clip("lead", "train", family="synth_lead")])
+def test_class_absent_from_test_is_refused_unless_it_is_named():
+    lead = [*corpus(), clip("lead", "train", family="synth_lead")]
+    assert refusal(lead) == (
+        "task.label=family: no test clip is of 'synth_lead', which training holds; task.classes can leave it out, "
+        'task.absent_from_test=["synth_lead"] lets it be'
+    )
+    named = TASK.model_copy(update={"absent_from_test": ["synth_lead"]})
+    found = check(lead, named)
     assert found["classes_absent"] == {"valid": ["synth_lead"], "test": ["synth_lead"]}
     assert found["summary"].endswith("no valid clip of synth_lead; no test clip of synth_lead")
-    many = check([*corpus(), *(clip(f"x{i}", "train", family=f"x{i}") for i in range(3))])
-    assert many["summary"].endswith("no test clip of 3, the first x0")
+    assert check(corpus(), named)["classes_absent"]["test"] == [], "it may be there, too"
+    more = [*lead, *(clip(f"x{i}", "train", family=f"x{i}") for i in range(2))]
+    told = refusal(more, named)
+    assert "no test clip is of 'x0' (nor of 1 more classes), which" in told
+    assert told.endswith('task.absent_from_test=["synth_lead", "x0", "x1"] lets it be')
+    all_named = TASK.model_copy(update={"absent_from_test": ["synth_lead", "x0", "x1"]})
+    assert check(more, all_named)["summary"].endswith("no test clip of 3, the first synth_lead")
+
+
+def test_class_absent_from_validation_is_told():
+    found = check([*corpus(), *(clip(f"{split}-v", split, family="vocal") for split in ("train", "test"))])
+    assert found["classes_absent"] == {"valid": ["vocal"], "test": []}
+    assert found["summary"].endswith("no valid clip of vocal")
 
 
 @pytest.mark.parametrize("side", ["valid", "test"])
@@ -182,6 +199,8 @@ def test_several_labels_need_clips_with_and_without_one():
 
     good = {"train": [["a", "b"], ["a"]], "valid": [["a"], []], "test": [["b", "a"], ["a"]]}
     assert check(tagged(**good), MULTI)["classes_absent"] == {"valid": ["b"], "test": []}
+    rare = good | {"train": [["a", "b", "rare"], ["a"]]}
+    assert check(tagged(**rare), MULTI)["classes_absent"]["test"] == ["rare"], "the mean is over classes that occur"
     assert refusal(tagged(**good | {"test": [["a", "b"], ["b", "a"]]}), MULTI) == (
         "task.label=tags: all 2 clips of the test split are of 'a', 'b'"
     )

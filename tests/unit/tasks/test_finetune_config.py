@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megascale.config import load_config, validate
+from megascale.downstream.table1_config import Table1Config
+from megascale.downstream.watch import WatchConfig
 from megascale.errors import ConfigError
 from megascale.tasks.finetune_config import FinetuneConfig
 
@@ -58,6 +61,22 @@ def test_recipes_name_the_protocols_of_the_literature():
 
     assert (task("paper_gtzan").label, task("paper_gtzan").protocol) == ("genre", "paper")
     assert (task("nsynth_family").label, task("nsynth_family").protocol) == ("instrument_family_str", "official")
+    assert task("nsynth_family").absent_from_test == ["synth_lead"]
     assert (task("music_speech_folds").label, task("music_speech_folds").folds) == ("class", 10)
     lists = task("gtzan_fault_filtered").lists
     assert all(str(url).endswith(f"{side}_filtered.txt") for side, url in lists.model_dump().items())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.with_name("table1").glob("*.yaml")), ids=lambda path: path.stem)
+def test_tables_recipes_let_nsynths_synth_lead_be_in_training_alone(path):
+    config = load_config(Table1Config, "table1", str(path))
+    assert config.tasks.nsynth.absent_from_test == ["synth_lead"]
+    assert yaml.safe_load(path.read_text())["tasks"]["nsynth"]["absent_from_test"] == ["synth_lead"], (
+        "said, not implied"
+    )
+    assert not config.tasks.gtzan.absent_from_test and not config.tasks.music_speech.absent_from_test
+
+
+def test_watchs_recipe_lets_synth_lead_be_in_training_alone():
+    config = load_config(WatchConfig, "watch", str(RECIPES.with_name("watch") / "small.yaml"))
+    assert config.tasks["nsynth"].task.absent_from_test == ["synth_lead"]

@@ -25,6 +25,10 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write_token_folder(
         tmp_path / "valid-of-one", 40, labels=lambda i: {"class": "a" if i % 8 in (4, 5) else "ab"[i % 2]}
     )
+    # as many NSynth copies have it: a class in training and validation alone
+    write_token_folder(
+        tmp_path / "untested", 40, labels=lambda i: {"class": "lead" if i % 8 in (0, 4) else "ab"[i % 2]}
+    )
     write_pretrained(tmp_path / "encoder", 2)
     (tmp_path / "a.txt").write_text("".join(f"{i:04d}.wav\n" for i in range(10)))
     (tmp_path / "b.txt").write_text("".join(f"{i:04d}.wav\n" for i in range(9, 20)))
@@ -55,6 +59,10 @@ OFFICIAL = "task.protocol=official"
         (
             f"data.url=unseen {OFFICIAL}",
             "DataError: task.label=class: no training clip is of 'new', which the test split holds; task.classes can",
+        ),
+        (
+            f"data.url=untested {OFFICIAL}",
+            "DataError: task.label=class: no test clip is of 'lead', which training holds; task.classes can leave it out,",
         ),
         (
             f"data.url=valid-of-one {OFFICIAL}",

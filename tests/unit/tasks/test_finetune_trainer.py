@@ -161,6 +161,68 @@ def test_run_ends_when_validation_gets_no_better_and_says_at_which_epoch(inputs,
     assert (frozen["best_epoch"], frozen["last_epoch"]) == (1, 6), "what is only begun goes on with the whole model"
 
 
+# ---------------------------------------------------------------------------------------------------------- model choice
+
+
+def write_ambiguous_tokens(folder: Path) -> None:
+    """Write two windows a recording, of two classes that are soon told apart; of validation's 10 recordings two are labelled
+    wrongly, so that what is sure of everything is worse there than what is sure of most; second windows of validation and
+    test are of both classes."""
+    rng = np.random.default_rng(3)
+    of_b_N = np.arange(80) // 8 % 2
+    codes_NQT = rng.integers(0, 8, (80, 2, 40)) + 8 * of_b_N[:, None, None]
+    codes_NQT[[4, 5, 12, 13]] = codes_NQT[[12, 13, 4, 5]]
+    mixed = [i for i in range(16, 80) if i % 8 in (5, 7)]
+    codes_NQT[mixed] = rng.integers(0, 16, (len(mixed), 2, 40))
+    write_token_folder(
+        folder, 80, frames=40, codes=codes_NQT, clips_per_recording=2, labels=lambda i: {"class": "ab"[of_b_N[i]]}
+    )
+
+
+def answers_of(config: FinetuneConfig, weights: dict[str, Tensor], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a split's probabilities_NC, window by window, and which class is true; windows of a recording are adjacent."""
+    data = open_clips(config)
+    model, _ = finetune._build_model(config, data.manifest, data.classes)
+    model.load_state_dict(weights)
+    clips = [data.clips[i] for i in data.splits[side]]
+    codes_NTQ = torch.stack([torch.from_numpy(clip.codes_QT.T.astype("int64")) for clip in clips])
+    with torch.no_grad():
+        probabilities_NC = model(codes_NTQ).softmax(dim=-1).double().numpy()
+    return probabilities_NC, np.array([data.classes.index(str(clip.labels["class"])) for clip in clips])
+
+
+def test_weights_kept_are_those_of_the_epoch_that_is_best_on_validation_by_recording(tmp_path):
+    write_ambiguous_tokens(tmp_path / "tokens")
+    write_pretrained(tmp_path / "encoder", 2)
+    sections = {"optim": {"lr": 1e-3}, "train": {"epochs": 8, "batch": 8}}
+    _, seen = weights_by_epoch(config_of(tmp_path, tmp_path / "watched", **sections))
+    config = config_of(tmp_path, tmp_path / "run", **sections)
+    result = finetune.run(config, quiet=True)
+    told = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid/acc" in row]
+    merits = []
+    for weights, row in zip(seen, told, strict=True):
+        probabilities_NC, targets_N = answers_of(config, weights, "valid")
+        sure_N = probabilities_NC[np.arange(20), targets_N]
+        sure_R = sure_N.reshape(10, 2).mean(axis=1)
+        merits.append((float((sure_R > 0.5).mean()), float(np.log(sure_R).mean())))
+        # float32 passes of other batches
+        assert (row["valid/acc"], row["valid/loss"]) == pytest.approx((merits[-1][0], -merits[-1][1]), abs=1e-4)
+    assert abs(np.log(sure_N).mean() - merits[-1][1]) > 0.01, "by window the last would be another number"
+    best = max(range(8), key=lambda epoch: merits[epoch])
+    assert 0 < best < 7, "neither the first epoch nor the last, else this shows nothing"
+    assert result["best_epoch"] == best + 1
+    assert (result["valid_accuracy"], result["valid_loss"]) == (told[best]["valid/acc"], told[best]["valid/loss"])
+    saved = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert equal(saved, seen[best])
+    probabilities_NC, _ = answers_of(config, seen[best], "test")
+    last_NC, _ = answers_of(config, seen[-1], "test")
+    rows = table(tmp_path / "run")
+    predicted_RC = np.array([[float(row["a"]), float(row["b"])] for row in rows])
+    averaged_RC, last_RC = (each_NC.reshape(10, 2, 2).mean(axis=1) for each_NC in (probabilities_NC, last_NC))
+    assert predicted_RC == pytest.approx(averaged_RC, abs=1e-4)
+    assert np.abs(last_RC - averaged_RC).max() > 1e-2, "the last epoch's would be others"
+
+
 # ---------------------------------------------------------------------------------------------------------- result files
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import FACTS, FILES, WEIGHTS, save, steps
 from stores import hooked_copy
+from support import largest_file
 
 from megascale import storage
 from megascale.errors import CheckpointError, StorageError
@@ -383,3 +384,25 @@ def test_averages_are_read_verified(tmp_path):
 def test_folder_of_another_name_is_no_checkpoint_of_the_run(tmp_path):
     shutil.copytree(save(tmp_path, 3), tmp_path / "step-backup")
     assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000003"]
+
+
+# --------------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_full_disk_is_one_line_that_names_the_file(tmp_path):
+    folder = tmp_path / "model"
+    with largest_file(64), pytest.raises(StorageError, match=f"^{folder}/model.safetensors: cannot write: ") as failure:
+        checkpoint.write_model(folder, WEIGHTS, FACTS)
+    assert "File too large" in str(failure.value) and "\n" not in str(failure.value)
+    with largest_file(64), pytest.raises(StorageError, match=f"^{tmp_path}/rank-00000.safetensors: cannot write: "):
+        checkpoint.save_rank_state(tmp_path, 0, 16)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"^{tmp_path}/file/model.safetensors: cannot write: File exists$"):
+        checkpoint.write_model(tmp_path / "file", WEIGHTS, FACTS)
+
+
+def test_models_can_be_read_by_a_team_that_shares_the_folder(tmp_path):
+    folder = save(tmp_path, 1)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert folder / "model" / "model.safetensors" in files
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o644 for path in files}
