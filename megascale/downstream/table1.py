@@ -57,10 +57,11 @@ def describe_plan(config: Table1Config, job: CellJob, baselines: BaselineJob) ->
 
 def _plan(config: Table1Config, job: CellJob, baselines: BaselineJob) -> Plan:
     rows, arms = rows_of(config), _arms(config)
+    plan = plan_cells(rows, arms, config.seeds, config.cells, config.output.url, config.storage, job)
     for row in rows if config.baselines else []:
         if _known_baselines(row, config) is None:
             baselines.check(row)
-    return plan_cells(rows, arms, config.seeds, config.cells, config.output.url, config.storage, job)
+    return plan
 
 
 def run(config: Table1Config, job: CellJob, baselines: BaselineJob) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from support import write_pretrained, write_token_folder, write_tones
 from megascale import cli
 from megascale.config import Section
 from megascale.downstream.table1_config import Table1Config
-from megascale.downstream.watch import WatchConfig
+from megascale.downstream.watch_config import WatchConfig
 from megascale.quickstart import QuickstartConfig
 from megascale.tasks.finetune import FinetuneConfig
 from megascale.tasks.pretrain_config import PretrainConfig
@@ -34,7 +34,8 @@ RECIPES = {
     "pretrain": "pretrain/smoke.yaml data.url=tokens",
     "finetune": "finetune/smoke.yaml data.url=tokens arm=scratch checkpoint=null",
     "table1": "table1/small.yaml data.gtzan=tokens data.nsynth=tokens data.music_speech=tokens "
-    "tasks.gtzan.label=class tasks.nsynth.label=class checkpoints.1k5=model-q2 checkpoints.12k=model-q16",
+    "tasks.gtzan.label=class tasks.nsynth.label=class checkpoints.1k5=model-q2 checkpoints.12k=model-q16 "
+    "baselines=false",
     "watch": "watch/smoke.yaml run=run tasks.class.url=tokens",
     "quickstart": "quickstart/small.yaml data=audio",
 }
@@ -209,6 +210,7 @@ def test_mistake_is_one_line_and_nothing_is_written(call, work, job, wrong, text
         ("table1", "checkpoints.1k5=gone", "CheckpointError: gone"),
         ("table1", "checkpoints.12k=model-q2", "ConfigError: finetune.data.bitrate_kbps=12.0: model-q2 was pretrained"),
         ("table1", "data.nsynth=gone", "DataError: gone: no manifest.json"),
+        ("table1", "baselines=true", "StorageError: /nowhere: no such folder"),
         ("table1", "cells.finetune.seed=1", "ConfigError: table1.cells: finetune.seed: "),
     ],
 )
