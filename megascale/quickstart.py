@@ -4,6 +4,7 @@ same recipes as the launch scripts; every stage is finished at most once, so the
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -273,7 +274,8 @@ def _pretrain(config: QuickstartConfig, root: Path, tokens: str, kbps: float) ->
 
 def _run_group(command: list[str], environment: dict[str, str]) -> int:
     """Run a launcher and its ranks; if this process is stopped or killed, so are they, and they have time to save."""
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+    end_with_us = functools.partial(_end_with_parent, os.getpid())
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_us)
     try:
         return launcher.wait()
     except BaseException:
@@ -288,10 +290,12 @@ def _run_group(command: list[str], environment: dict[str, str]) -> int:
         raise
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Ask the kernel to send SIGTERM to this process when its parent dies, even of SIGKILL. (prctl(2))"""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before it could be asked for
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _fit_to_corpus(config: PretrainConfig, ranks: int) -> list[str]:
