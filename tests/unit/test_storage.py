@@ -87,7 +87,7 @@ def test_what_could_be_written_is_found_out_and_nothing_stays(tmp_path):
     storage.check_writable(f"memory:/{tmp_path}/x")
     assert storage.read_bytes(f"memory:/{tmp_path}/x") == b"old"
     assert list(storage.sizes(f"memory:/{tmp_path}")) == ["x"]
-    with pytest.raises(StorageError, match=r"^nonsense://bucket/x: "):
+    with pytest.raises(StorageError, match=r"^nonsense://bucket/x\.probe: "):
         storage.check_writable("nonsense://bucket/x")
 
 
