@@ -11,6 +11,7 @@ The files are those of a kept checkpoint's `model/` folder, and a card filled fr
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -215,8 +216,9 @@ class Pretrained(ModelHubMixin):
         return model
 
     @classmethod
+    @abstractmethod
     def _build(cls, kept: Kept) -> Self:
-        raise NotImplementedError
+        """Return the module with its weights. Raises CheckpointError: it is of another kind, or its files don't agree."""
 
     @property
     def codec(self) -> CodecFacts:

@@ -6,7 +6,8 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megascale.errors import StorageError
@@ -143,3 +144,20 @@ def settle_one(path: Path) -> None:
     except OSError as failure:
         if failure.errno != errno.EINVAL:  # as some network disks answer for a folder
             raise StorageError(f"{path}: cannot be written to the disk: {failure.strerror}") from None
+
+
+def walk(top: Path) -> Iterator[str]:
+    """Yield the files under a folder. Links to folders are followed, and no real folder is entered twice: one that is
+    reached with and without a link has its name without."""
+    entered: set[str] = set()
+    waiting = deque([top])
+    while waiting:
+        for parent, folders, names in os.walk(waiting.popleft()):  # which passes links by
+            real = os.path.realpath(parent)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders.sort()
+            waiting += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+            yield from (Path(parent, name).relative_to(top).as_posix() for name in names)

@@ -9,10 +9,8 @@ import contextlib
 import glob as globbing
 import hashlib
 import io
-import os
 import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -212,7 +210,9 @@ def sizes(url: str) -> dict[str, int]:
     """Return every file under a folder or prefix, by its path there, with its size in bytes; empty if there is none."""
     if is_local(url):
         top = local_path(url)
-        return _told(url, lambda: {name: (top / name).stat().st_size for name in _walk(top) if (top / name).is_file()})
+        return _told(
+            url, lambda: {name: (top / name).stat().st_size for name in local_disk.walk(top) if (top / name).is_file()}
+        )
     base = _open_filesystem(url)[1].rstrip("/")
     found = _remote(url, lambda fs, path: cast(dict[str, dict[str, Any]], fs.find(path, detail=True)))
     # a key that ends in a slash is how some tools mark a folder
@@ -230,11 +230,11 @@ def _list_local(root: str, pattern: str) -> list[str]:
     if folder.is_file():
         return [""]
     if not pattern:
-        return list(_walk(folder))
+        return list(local_disk.walk(folder))
     if "**" not in pattern.split("/"):
         return [name for name in globbing.glob(pattern, root_dir=folder) if (folder / name).is_file()]
     # glob's own `**` goes round a link that points up until the path is too long
-    return [name for name in _matching(pattern, _walk(folder)) if (folder / name).is_file()]
+    return [name for name in _matching(pattern, local_disk.walk(folder)) if (folder / name).is_file()]
 
 
 def _matching(pattern: str, names: Iterable[str]) -> Iterator[str]:
@@ -242,23 +242,6 @@ def _matching(pattern: str, names: Iterable[str]) -> Iterator[str]:
     matches = re.compile(glob_translate(pattern)).match
     hidden = "/." in f"/{pattern}"
     return (name for name in names if matches(name) and (hidden or "/." not in f"/{name}"))
-
-
-def _walk(top: Path) -> Iterator[str]:
-    """Yield the files under a folder. Links to folders are followed, and no real folder is entered twice: one that is
-    reached with and without a link has its name without."""
-    entered: set[str] = set()
-    waiting = deque([top])
-    while waiting:
-        for parent, folders, names in os.walk(waiting.popleft()):  # which passes links by
-            real = os.path.realpath(parent)
-            if real in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            folders.sort()
-            waiting += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
-            yield from (Path(parent, name).relative_to(top).as_posix() for name in names)
 
 
 def _list_remote(root: str, pattern: str) -> list[str]:

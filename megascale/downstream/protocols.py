@@ -63,9 +63,8 @@ class TaskConfig(Section):
     def _numbers_are_names(cls, values: Any) -> Any:
         if not isinstance(values, list):
             return values
-        return [
-            str(value) if isinstance(value, int | float) else value for value in values
-        ]  # as `values_of` spells them
+        # as `values_of` spells them
+        return [str(value) if isinstance(value, int | float) else value for value in values]
 
     @model_validator(mode="after")
     def _is_complete(self) -> "TaskConfig":
