@@ -13,9 +13,9 @@ from rich.table import Table
 import megascale
 from megascale import report
 from megascale.data.index import read_clips, read_manifest
-from megascale.downstream import baselines
 from megascale.downstream.table1_config import ARMS, BITRATES_KBPS, CellsConfig
 from megascale.log import duration
+from megascale.spectrogram import log_mel
 from megascale.table_baselines import LOG_MEL, read_audio, recording_urls
 
 SYNTHESISED = "synthesised"
@@ -147,4 +147,4 @@ def _example_clip(name: str, url: str) -> tuple[str, np.ndarray, np.ndarray]:
     manifest = read_manifest(url)
     clip = next(read_clips(url, manifest, manifest.codec.num_codebooks))
     wave_S = read_audio(recording_urls(manifest), clip)
-    return f"{name}: {PurePosixPath(clip.source).name}", baselines.log_mel(wave_S), clip.codes_QT
+    return f"{name}: {PurePosixPath(clip.source).name}", log_mel(wave_S), clip.codes_QT

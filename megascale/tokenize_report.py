@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from megascale import report, storage
 from megascale.data.index import Manifest, Member, ShardFacts, read_codes, read_index, read_manifest
-from megascale.downstream.baselines import log_mel
 from megascale.errors import AudioError, StorageError
 from megascale.log import duration, say
+from megascale.spectrogram import log_mel
 from megascale.tokenize import audio
 from megascale.tokenize.clips import Clip
 from megascale.tokenize.plan import TokenizeConfig, read_plan

@@ -33,7 +33,7 @@ from megascale.model.config import ModelConfig
 from megascale.model.cost import Work, training_flops
 from megascale.model.mega_audioformer import MegaAudioFormer, prepare_training
 from megascale.tasks.masked import masked_loss
-from megascale.tokenize.codec import calibrate
+from megascale.tokenize.calibration import calibrate
 from megascale.tokenize.encoder import MOST_CHANGED, BatchedEncoder
 from megascale.tokens import FRAMES_PER_SECOND, KBPS_PER_CODEBOOK, SAMPLE_RATE_HZ
 from megascale.train.device import device_name, peak_memory_gib, peak_tflops

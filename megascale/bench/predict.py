@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from megascale import seeding, synthesis
 from megascale.bench import measure
 from megascale.data.index import CodecFacts
-from megascale.downstream.baselines import mel_filters
 from megascale.downstream.predict import Predictor
 from megascale.log import say
 from megascale.model.config import ModelConfig
 from megascale.model.mega_audioformer import AudioClassifier, count_parameters
-from megascale.tokenize.codec import Codec, calibrate
+from megascale.spectrogram import mel_filters
+from megascale.tokenize.calibration import calibrate
+from megascale.tokenize.codec import Codec
 from megascale.tokens import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, read_ecdc, write_ecdc
 from megascale.train.checkpoint import write_model
 

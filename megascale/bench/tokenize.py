@@ -18,7 +18,8 @@ from megascale.config import load_config
 from megascale.log import say
 from megascale.tokenize import job
 from megascale.tokenize.audio import read_clip
-from megascale.tokenize.codec import Codec, calibrate
+from megascale.tokenize.calibration import calibrate
+from megascale.tokenize.codec import Codec
 from megascale.tokenize.plan import CODEC_FILE, TokenizeConfig, make_plan
 from megascale.tokenize.worker import CALLS, ShardWorker
 

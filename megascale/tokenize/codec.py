@@ -14,35 +14,24 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
-import scipy.linalg
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
 
-from megascale import seeding, storage
+from megascale import storage
 from megascale.config import Section
-from megascale.errors import AudioError, TokenError
+from megascale.errors import TokenError
 from megascale.tokenize.encoder import TiledEncoder
-from megascale.tokens import CODEBOOK_SIZE, PUBLISHED_NAME, SAMPLE_RATE_HZ, codec_fingerprint, model_name
+from megascale.tokens import PUBLISHED_NAME, SAMPLE_RATE_HZ, codec_fingerprint, model_name
 
 PUBLISHED_FILE = "encodec_24khz-d7cc33bc.th"
 CALIBRATE = "calibrate"
 _BANDWIDTHS_KBPS = [1.5, 3.0, 6.0, 12.0, 24.0]
-_KMEANS_FRAMES = 16_500
-_KMEANS_ITERATIONS = 8
-_FRAMES_PER_CODE = 16  # with fewer, a codebook memorises the sample and leaves no residual for the next one
-_LEAST_SECONDS = 4
-_SLOW = 64  # latent dimensions that a calibrated encoder fills, of 128
-_SCALE_SECONDS = 32  # the whole sample in one pass would spend most of its time on page faults
-_UNUSED = 1e3  # coordinates of codes a small sample cannot fill: too far off for any latent
-_SILENT = 1e-4  # a second whose samples all lie so close together, three steps of 16 bits, is silence
 
 
 class CodecFile(Section):
@@ -118,7 +107,7 @@ def _from_checkpoint(data: bytes, url: str) -> Codec:
     actual = hashlib.sha256(data).hexdigest()
     if not actual.startswith(match[1]):
         raise TokenError(f"{url}: its sha256 begins with {actual[:8]}, its name says {match[1]}: a damaged download?")
-    model = _new_model()
+    model = new_model()
     try:
         model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except Exception as failure:  # torch.load raises many types for a file that is no checkpoint
@@ -131,11 +120,11 @@ def _from_safetensors(data: bytes, url: str) -> Codec:
         state = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         facts = CodecFile.model_validate_json(header["__metadata__"]["codec"])
-        model = _new_model()
+        model = new_model()
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         model.encoder.load_state_dict(encoder)
         for i in range(facts.num_codebooks):
-            _set_codebook(model, i, state[f"codebook.{i}"])
+            set_codebook(model, i, state[f"codebook.{i}"])
         codec = Codec(model, facts.num_codebooks, facts.origin, published=False)
     except (KeyError, ValueError, RuntimeError, IndexError, safetensors.SafetensorError) as failure:
         raise TokenError(f"{url}: not a codec this package saved: {str(failure).splitlines()[0]}") from None
@@ -144,116 +133,8 @@ def _from_safetensors(data: bytes, url: str) -> Codec:
     return codec
 
 
-@torch.inference_mode()
-def calibrate(
-    clips: Sequence[np.ndarray], num_codebooks: int, seed: int, report: Callable[[int, int], None] | None = None
-) -> Codec:
-    """Fit a codec to a corpus, with no download: EnCodec's encoder with seeded weights, each convolution rescaled so
-    that its output has zero mean and unit variance on the sample; its last convolution fitted to put out the features
-    that change slowest; and residual codebooks fitted there by k-means.
-
-    Its codes carry information about the audio but do not decode to it.
-
-    Args:
-        clips: float32 24 kHz mono, at least 4 s in all, 220 s to fill every code; joined and cut to pieces of one
-            second. Silent ones are left out: a convolution that puts out a constant cannot be rescaled.
-        num_codebooks: how many codebooks to fit.
-        seed: fixes the weights and the k-means starts.
-        report: is told the steps done and their number, after each batch of the sample and each codebook.
-
-    Raises:
-        AudioError: too little audio, or nothing but silence.
-    """
-    audio_S = np.concatenate([np.empty(0, dtype=np.float32), *clips])
-    audio_BS = audio_S[: len(audio_S) // SAMPLE_RATE_HZ * SAMPLE_RATE_HZ].reshape(-1, SAMPLE_RATE_HZ)
-    audio_BS = audio_BS[np.ptp(audio_BS, axis=1) > _SILENT]
-    if len(audio_BS) < _LEAST_SECONDS:
-        raise AudioError(
-            f"codec.weights=calibrate needs at least {_LEAST_SECONDS} s of readable audio that is not silent, "
-            f"the sample holds {len(audio_BS)} s"
-        )
-    order = seeding.generator(seed, "calibrate").permutation(len(audio_BS))
-    audio_BS = audio_BS[order[: _KMEANS_FRAMES // 75]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seeding.generator(seed, "codec weights").integers(2**62)))
-        model = _new_model()
-    _standardise(model.encoder, torch.from_numpy(audio_BS[:_SCALE_SECONDS])[:, None])
-    *layers, last = model.encoder.model
-    parts = torch.from_numpy(audio_BS)[:, None].split(8)
-    hidden = []
-    report = report or (lambda done, total: None)
-    total = len(parts) + num_codebooks
-    for part_B1S in parts:
-        hidden.append(nn.Sequential(*layers)(part_B1S))
-        report(len(hidden), total)
-    hidden_BCT = torch.cat(hidden)
-    _slow_down(last.conv.conv, hidden_BCT)
-    residual_ND = last(hidden_BCT).permute(0, 2, 1).reshape(-1, model.encoder.dimension).numpy()
-    for i in range(num_codebooks):
-        centers_VD, nearest_N = _fit_codebook(residual_ND, seeding.generator(seed, "codebook", i))
-        _set_codebook(model, i, torch.from_numpy(centers_VD))
-        residual_ND = residual_ND - centers_VD[nearest_N]
-        report(len(parts) + i + 1, total)
-    return Codec(model, num_codebooks, f"calibrated on {len(audio_BS)} s, seed {seed}", published=False)
-
-
-def _standardise(encoder: nn.Module, audio_B1S: torch.Tensor) -> None:
-    """Rescale every convolution, in forward order, to zero mean and unit variance per channel on this audio."""
-
-    def rescale(conv: Any, inputs: Any, output_BCT: torch.Tensor) -> torch.Tensor:
-        mean_C = output_BCT.mean(dim=(0, 2))
-        std_C = output_BCT.std(dim=(0, 2)).clamp_min(1e-6)
-        conv.weight_g.div_(std_C[:, None, None])
-        conv.bias.copy_((conv.bias - mean_C) / std_C)
-        return (output_BCT - mean_C[:, None]) / std_C[:, None]  # so that the next layer is measured on the new scale
-
-    hooks = [m.register_forward_hook(rescale) for m in encoder.modules() if isinstance(m, nn.Conv1d)]
-    encoder(audio_B1S)
-    for hook in hooks:
-        hook.remove()
-
-
-def _slow_down(conv: Any, hidden_BCT: torch.Tensor) -> None:
-    """Fit the last convolution: its input averaged over its window, then turned to the directions that change least
-    from frame to frame, of unit variance. (slow feature analysis, Wiskott and Sejnowski 2002)
-
-    Seeded weights alone follow the phase of the waveform, so that a steady tone gives other codes at every frame: they
-    say less about the sound, and a masked one can hardly be predicted from its neighbours.
-    """
-    taps = conv.kernel_size[0]
-    mean_BTC = F.avg_pool1d(hidden_BCT, taps, stride=1).transpose(1, 2).double()
-    offset_C = mean_BTC.mean(dim=(0, 1))
-    mean_BTC -= offset_C
-    step_BTC = mean_BTC.diff(dim=1)
-    variance_CC = torch.einsum("bti,btj->ij", mean_BTC, mean_BTC) / mean_BTC[..., 0].numel()
-    change_CC = torch.einsum("bti,btj->ij", step_BTC, step_BTC) / step_BTC[..., 0].numel()
-    # a sample of a few seconds has fewer frames than channels; the ridge keeps its variance invertible
-    ridge_CC = 1e-3 * variance_CC.diagonal().mean() * torch.eye(len(offset_C), dtype=torch.float64)
-    _, slow_CD = scipy.linalg.eigh(change_CC.numpy(), (variance_CC + ridge_CC).numpy(), subset_by_index=[0, _SLOW - 1])
-    slow_DC = torch.from_numpy(slow_CD.T).float()
-    conv.weight_v[:_SLOW] = slow_DC[:, :, None] / taps
-    conv.weight_g.zero_()  # the other outputs
-    conv.weight_g[:_SLOW] = conv.weight_v[:_SLOW].norm(dim=(1, 2), keepdim=True)
-    conv.bias.zero_()
-    conv.bias[:_SLOW] = -slow_DC @ offset_C.float()
-
-
-def _fit_codebook(latent_ND: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return k-means centers (V, D) float32 and each latent's center."""
-    from sklearn.cluster import KMeans
-
-    count = min(CODEBOOK_SIZE, len(latent_ND) // _FRAMES_PER_CODE)
-    state = int(rng.integers(2**31))
-    fit = KMeans(count, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it stopped early, or found equal points, as silence makes them
-        nearest_N = fit.fit_predict(latent_ND)
-    centers_VD = np.full((CODEBOOK_SIZE, latent_ND.shape[1]), _UNUSED, dtype=np.float32)
-    centers_VD[:count] = fit.cluster_centers_
-    return centers_VD, nearest_N
-
-
-def _set_codebook(model: Any, i: int, centers_VD: torch.Tensor) -> None:
+def set_codebook(model: Any, i: int, centers_VD: torch.Tensor) -> None:
+    """Make these the codes of an `encodec.EncodecModel`'s codebook i: (1024, 128)."""
     codebook = model.quantizer.vq.layers[i]._codebook
     codebook.embed.copy_(centers_VD)
     codebook.embed_avg.copy_(centers_VD)
@@ -261,7 +142,8 @@ def _set_codebook(model: Any, i: int, centers_VD: torch.Tensor) -> None:
     codebook.inited.fill_(1.0)
 
 
-def _new_model() -> Any:
+def new_model() -> Any:
+    """Return an `encodec.EncodecModel` of 24 kHz whose codebooks are empty and whose weights are random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # encodec uses the older form of weight norm
         return _encodec().EncodecModel._get_model(_BANDWIDTHS_KBPS, SAMPLE_RATE_HZ, channels=1, name=PUBLISHED_NAME)

@@ -14,8 +14,9 @@ from megascale import seeding, storage
 from megascale.data.index import Quarantined
 from megascale.errors import AudioError, CredentialsError, StorageError, TokenError
 from megascale.tokenize import audio, streams
+from megascale.tokenize.calibration import calibrate
 from megascale.tokenize.clips import Clip
-from megascale.tokenize.codec import calibrate, load_codec
+from megascale.tokenize.codec import load_codec
 from megascale.tokenize.encoder import BatchedEncoder
 from megascale.tokenize.plan import Plan, TokenizeConfig
 from megascale.tokenize.shards import EncodedClip, ShardPlan, build_shard, publish_shard, read_committed

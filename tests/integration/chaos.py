@@ -35,7 +35,7 @@ from support import tone
 
 from megascale.data.index import ShardIndex, index_name, read_clips, read_manifest
 from megascale.log import say
-from megascale.tokenize.codec import calibrate
+from megascale.tokenize.calibration import calibrate
 
 RECORDINGS, LEAST_SECONDS, MOST_SECONDS = 20, 5.0, 75.0  # about 400 clips in 50 shards: long enough for many kills
 RATES_HZ = (24_000, 44_100, 16_000, 48_000, 22_050)

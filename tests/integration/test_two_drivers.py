@@ -14,7 +14,8 @@ from support import tone, write_tones
 from test_tokenize import tokenize
 
 from megascale.data.index import ShardIndex, index_name, read_clips, read_manifest
-from megascale.tokenize.codec import calibrate, load_codec
+from megascale.tokenize.calibration import calibrate
+from megascale.tokenize.codec import load_codec
 
 
 def run_both(line: list[str]) -> None:
@@ -61,7 +62,8 @@ AGREE = """
 import sys, time
 from pathlib import Path
 from megascale import storage
-from megascale.tokenize.codec import calibrate, load_codec
+from megascale.tokenize.calibration import calibrate
+from megascale.tokenize.codec import load_codec
 from megascale.tokenize.job import _agree
 from megascale.tokenize.plan import Plan, TokenizeConfig, codec_url
 

@@ -16,8 +16,9 @@ import torch
 from support import tone
 
 from megascale import tokens
-from megascale.errors import AudioError, StorageError, TokenError
-from megascale.tokenize.codec import Codec, _encodec, calibrate, load_codec
+from megascale.errors import StorageError, TokenError
+from megascale.tokenize.calibration import calibrate
+from megascale.tokenize.codec import Codec, _encodec, load_codec
 
 CLIPS = [tone(2.0, 24_000, 110 * 1.2**i, seed=i) for i in range(15)]  # what fitted_codec was calibrated on
 
@@ -208,72 +209,6 @@ def test_safetensors_of_something_else_is_refused(small_codec, tmp_path, metadat
         load_codec(str(path))
 
 
-def test_same_seed_and_audio_give_the_same_codec_and_another_seed_another(small_codec):
-    state = torch.get_rng_state()
-    again = calibrate(CLIPS[:2], num_codebooks=2, seed=0)
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
-    torch.rand(7)
-    assert again.fingerprint == small_codec.fingerprint
-    other = calibrate(CLIPS[:2], num_codebooks=2, seed=1)
-    assert other.fingerprint != small_codec.fingerprint
-    assert other.name != small_codec.name
-
-
-def test_calibrated_codec_says_what_it_is(fitted_codec):
-    assert fitted_codec.published is False
-    assert fitted_codec.name == f"encodec_24khz+{fitted_codec.fingerprint[:8]}"
-    assert fitted_codec.origin == "calibrated on 30 s, seed 0"
-    assert fitted_codec.num_codebooks == 16
-
-
-def test_calibrated_codes_are_spread_over_the_codebook(fitted_codec):
-    codes_N = np.concatenate(fitted_codec.encode(CLIPS, 1), axis=1)[0]
-    share_V = np.bincount(codes_N, minlength=1024) / len(codes_N)
-    perplexity = np.exp(-sum(p * np.log(p) for p in share_V if p > 0))
-    # EnCodec without calibration gives 1; 30 s of tones fill some 140 codes
-    assert perplexity > 20
-
-
-def test_calibrated_residual_shrinks_with_every_codebook(fitted_codec):
-    audio_BS = np.stack([tone(1.0, 24_000, 95 * 1.33**i, seed=500 + i) for i in range(8)])  # not calibrated on
-    with torch.inference_mode():
-        latent_BDT = fitted_codec.model.encoder(torch.from_numpy(audio_BS)[:, None])
-        codes_QBT = torch.from_numpy(np.stack(fitted_codec.encode(audio_BS, 16), axis=1)).long()
-        errors = [
-            float((latent_BDT - fitted_codec.model.quantizer.vq.decode(codes_QBT[:q])).var() / latent_BDT.var())
-            for q in (1, 2, 4, 8, 16)
-        ]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[0] < 1, "one codebook tells something of audio it has not seen"
-
-
-def test_unused_codes_are_never_chosen(small_codec):
-    loud_and_odd = np.stack(
-        [np.random.default_rng(3).uniform(-1, 1, 24_000).astype(np.float32), np.zeros(24_000, np.float32)]
-    )
-    used = 4 * 75 // 16
-    assert np.max(small_codec.encode(loud_and_odd, 2)) < used
-
-
-@pytest.mark.parametrize(
-    "clips", [[], [tone(3.9, 24_000, 300)], [tone(1.0, 24_000, 300)] * 3], ids=["none", "3.9 s", "3 s"]
-)
-def test_calibration_on_too_little_audio_is_refused(clips):
-    with pytest.raises(AudioError, match=r"codec\.weights=calibrate needs at least 4 s"):
-        calibrate(clips, num_codebooks=2, seed=0)
-
-
-def test_calibration_on_silence_is_refused():
-    with pytest.raises(AudioError):
-        calibrate([np.zeros(5 * 24_000, np.float32)], num_codebooks=1, seed=0)
-
-
-def test_silent_seconds_of_a_corpus_do_not_spoil_calibration():
-    silence = np.zeros(100 * 24_000, np.float32)
-    codec = calibrate([silence, CLIPS[0], CLIPS[1], CLIPS[2]], num_codebooks=1, seed=0)
-    assert codec.fingerprint == calibrate(CLIPS[:3], num_codebooks=1, seed=0).fingerprint
-
-
 WITHOUT_TORCHAUDIO = """
 import hashlib, importlib.util, sys
 import numpy as np
@@ -319,9 +254,3 @@ def test_placeholder_for_torchaudio_can_be_asked_for_by_other_libraries(tmp_path
     code = "import importlib.util; from megascale.tokenize.codec import _encodec; _encodec(); "
     code += "importlib.util.find_spec('torchaudio'); importlib.util.find_spec('torchaudio.transforms'); print('fine')"
     assert run_without_torchaudio(tmp_path, code) == "fine\n"
-
-
-def test_calibration_reports_every_batch_and_codebook():
-    told = []
-    calibrate(CLIPS[:2], num_codebooks=3, seed=0, report=lambda done, total: told.append((done, total)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]  # 4 s of audio are one batch

@@ -37,29 +37,29 @@ def assert_as_encodec(codec, clip_S: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("samples", LENGTHS)
-def test_every_code_is_that_of_encodec(fitted_codec, one_thread, samples):
-    assert_as_encodec(fitted_codec, sound(samples))
+def test_every_code_is_that_of_encodec(dense_codec, one_thread, samples):
+    assert_as_encodec(dense_codec, sound(samples))
 
 
-def test_every_code_is_that_of_encodec_whatever_is_left_of_the_last_frame(fitted_codec, one_thread):
+def test_every_code_is_that_of_encodec_whatever_is_left_of_the_last_frame(dense_codec, one_thread):
     """The last tile's convolutions are padded by what is missing of their strides: 2, 4, 5 and 8."""
     for rest in range(0, 320, 11):
-        assert_as_encodec(fitted_codec, sound(960 + rest))
+        assert_as_encodec(dense_codec, sound(960 + rest))
 
 
-def test_codes_do_not_depend_on_the_number_of_threads(fitted_codec, one_thread):
+def test_codes_do_not_depend_on_the_number_of_threads(dense_codec, one_thread):
     clip_S = sound(300_000)
-    encoder = TiledEncoder(fitted_codec.model)
+    encoder = TiledEncoder(dense_codec.model)
     alone_DT = encoder.latents(clip_S)
     torch.set_num_threads(3)
     assert torch.equal(encoder.latents(clip_S), alone_DT)
     assert torch.get_num_threads() == 3
 
 
-def test_tile_that_forgot_what_was_before_it_would_show(fitted_codec):
+def test_tile_that_forgot_what_was_before_it_would_show(dense_codec):
     """The negative control of the tests above: a cut where no clip ends changes codes there."""
     clip_S = sound(48_000)
-    (whole_QT,), halves = fitted_codec.encode([clip_S], 16), fitted_codec.encode([clip_S[:24_000], clip_S[24_000:]], 16)
+    (whole_QT,), halves = dense_codec.encode([clip_S], 16), dense_codec.encode([clip_S[:24_000], clip_S[24_000:]], 16)
     assert np.array_equal(whole_QT[:, :75], halves[0])  # causal: what comes later changes nothing before it
     assert (whole_QT[0, 75:] != halves[1][0]).mean() > 0.01
 
@@ -77,18 +77,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-def test_memory_does_not_grow_with_a_clips_length(fitted_codec, tmp_path):
-    (tmp_path / "codec.safetensors").write_bytes(fitted_codec.to_bytes())
+def test_memory_does_not_grow_with_a_clips_length(dense_codec, tmp_path):
+    (tmp_path / "codec.safetensors").write_bytes(dense_codec.to_bytes())
     line = [sys.executable, "-c", MEMORY, str(tmp_path / "codec.safetensors")]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 100  # MB for 90 s, of which encodec's first layer alone makes 280
 
 
-def test_batch_of_equal_lengths_has_encodecs_codes(fitted_codec, one_thread, capsys):
+def test_batch_of_equal_lengths_has_encodecs_codes(dense_codec, one_thread, capsys):
     """Codebook 0 exactly; deeper residuals are close calls, which a batch's sums decide otherwise now and then."""
     clips = [CLIPS[n] for n in (0, 2, 1, 0, 2)]
-    ours = BatchedEncoder(fitted_codec.model, "cpu", "fp32").encode(clips, 16)
-    theirs = [encodec_codes(fitted_codec, clip_S) for clip_S in clips]
+    ours = BatchedEncoder(dense_codec.model, "cpu", "fp32").encode(clips, 16)
+    theirs = [encodec_codes(dense_codec, clip_S) for clip_S in clips]
     assert [codes_QT.shape for codes_QT in ours] == [codes_QT.shape for codes_QT in theirs]
     assert all(codes_QT.dtype == np.int16 for codes_QT in ours)
     ours_QN, theirs_QN = np.concatenate(ours, axis=1), np.concatenate(theirs, axis=1)
@@ -102,9 +102,9 @@ def test_batch_of_equal_lengths_has_encodecs_codes(fitted_codec, one_thread, cap
 CLIPS = [sound(n) for n in (24_000, 30_001, 36_000)]
 
 
-def test_precision_that_changes_too_many_codes_is_refused_with_the_share(fitted_codec):
-    assert BatchedEncoder(fitted_codec.model, "cpu", "fp32").check_precision(CLIPS, 16) == (0.0, 0.0)
-    encoder = BatchedEncoder(fitted_codec.model, "cpu", "bf16")
+def test_precision_that_changes_too_many_codes_is_refused_with_the_share(dense_codec):
+    assert BatchedEncoder(dense_codec.model, "cpu", "fp32").check_precision(CLIPS, 16) == (0.0, 0.0)
+    encoder = BatchedEncoder(dense_codec.model, "cpu", "bf16")
     first, every = encoder.shares_changed(CLIPS, 16)
     assert 0.005 < first <= 1 and first <= every <= 1  # deeper codebooks code what the first leaves, and change more
     with pytest.raises(
