@@ -48,7 +48,7 @@ class CodecConfig(Section):
     bitrate_kbps: float = Field(
         12.0, description="0.75 a codebook; every lower bitrate can be read from what is stored"
     )
-    seed: int = Field(0, description="calibrate: fixes the weights and the sample they are fitted on")
+    seed: int = Field(0, description="calibrate: fixes the sample and the starts of k-means")
     batch_clips: int = Field(
         8, ge=1, description="clips given to the encoder together; a GPU wants 64, and a CPU's codes don't depend on it"
     )

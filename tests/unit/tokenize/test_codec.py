@@ -1,4 +1,4 @@
-"""The codec: EnCodec's own codes, weights that are what they say they are, and calibration that can be repeated."""
+"""The codec: EnCodec's own codes, and weights that are what they say they are."""
 
 import hashlib
 import io

@@ -47,6 +47,11 @@ def test_every_code_is_that_of_encodec_whatever_is_left_of_the_last_frame(dense_
         assert_as_encodec(dense_codec, sound(960 + rest))
 
 
+def test_every_codebook_that_is_compared_is_used(dense_codec):
+    (codes_QT,) = dense_codec.encode([sound(60_000)], 16)
+    assert min(len(set(codes_T)) for codes_T in codes_QT.tolist()) > 10
+
+
 def test_codes_do_not_depend_on_the_number_of_threads(dense_codec, one_thread):
     clip_S = sound(300_000)
     encoder = TiledEncoder(dense_codec.model)
