@@ -153,9 +153,8 @@ def _filters(window: int) -> np.ndarray:
     time = np.arange(window) - (window - 1) / 2
     rows = []
     for center, width in zip(center_hz, width_hz, strict=True):
-        deviation = min(
-            window / 5, SAMPLE_RATE_HZ / (2 * np.pi * width)
-        )  # at its end the window cuts off 4% of the peak
+        # at its end the window cuts the widest bell off at 4% of its peak
+        deviation = min(window / 5, SAMPLE_RATE_HZ / (2 * np.pi * width))
         bell = np.exp(-0.5 * (time / deviation) ** 2)
         bell /= bell.sum()
         angle = 2 * np.pi * center * time / SAMPLE_RATE_HZ
