@@ -34,9 +34,8 @@ _SMALL = 1 / 32  # samples are passed on so much smaller, where ELU is nearly st
 _LOUD = 3000.0  # and bands so much larger, where ELU is a rectifier down to -60 dB
 _BANDS_HZ = (60.0, 11_000.0)
 _GAINS = tuple(4.0**i for i in range(-1, 7))  # of tanh: it bends from 72 dB below a band's 90th percentile to 12 above
-_SKIPPED = (
-    2.0**-30
-)  # the LSTM adds its input to its output: so small, even a band that was empty in the sample adds nothing
+# the LSTM adds its input to its output: so small, even a band that was empty in the sample adds nothing
+_SKIPPED = 2.0**-30
 _OPEN, _SHUT = 30.0, -30.0  # biases of a gate that always, or never, lets through
 _FAINTEST = 1e-5  # a band's amplitude below which it counts as empty in this corpus
 _RIDGE = 1e-2
@@ -107,12 +106,11 @@ def _hear_bands(front: Sequence[Any]) -> None:
                 _set(conv, _zeros(conv))
             _set(layer.shortcut, torch.eye(layer.shortcut.conv.conv.out_channels)[:, :, None])
     first, by_2, by_4, by_5, by_8 = (layer for layer in front if hasattr(layer, "conv"))
-    signs_2 = torch.tensor([_SMALL, -_SMALL])  # x and -x: ELU(x) - ELU(-x) is odd, 2 x - x |x| / 2 + …
     weight_CCK = _zeros(first)
-    weight_CCK[:2, 0, -1] = signs_2
+    weight_CCK[:2, 0, -1] = torch.tensor([_SMALL, -_SMALL])  # ELU(x) - ELU(-x) is odd, 2 x - x |x| / 2 + …
     _set(first, weight_CCK)
-    _set(by_2, _spread(by_2, _zeros(by_2), 1))
-    _set(by_4, _spread(by_4, _zeros(by_4), 2))
+    _set(by_2, _spread(by_2, 1))
+    _set(by_4, _spread(by_4, 2))
 
     filters_CS = torch.from_numpy(_filters(80))  # a window of 2 x 5 steps of 8 samples
     weight_CCK = _zeros(by_5)
@@ -127,10 +125,10 @@ def _hear_bands(front: Sequence[Any]) -> None:
     _set(by_8, weight_CCK)
 
 
-def _spread(conv: Any, weight_CCK: torch.Tensor, before: int) -> torch.Tensor:
+def _spread(conv: Any, before: int) -> torch.Tensor:
     """Return the weight that lays the stride's newest columns, of `before` samples as x and -x, side by side, each again
     as x and -x."""
-    stride = conv.conv.conv.stride[0]
+    weight_CCK, stride = _zeros(conv), conv.conv.conv.stride[0]
     for column in range(stride):
         for place in range(before):
             to = 2 * (column * before + place)
@@ -167,8 +165,9 @@ def _bend(conv: Any, recurrent: Any, bands_BMT: torch.Tensor) -> torch.Tensor:
     logarithm of the band's amplitude nearly linearly. Return what the convolution now puts out, (B, 8 M, T)."""
     loud_M = torch.quantile(bands_BMT.transpose(0, 1).flatten(1), 0.9, dim=1).clamp_min(_FAINTEST)
     gain_GM = torch.tensor(_GAINS)[:, None] / loud_M
-    weight_CCK = _zeros(conv)
-    weight_CCK[:] = _SKIPPED * gain_GM.flatten()[:, None, None] * _plain(conv)[:MELS].repeat(len(_GAINS), 1, 1)
+    inner = conv.conv.conv
+    of_band_MCK = torch._weight_norm(inner.weight_v, inner.weight_g)[:MELS]
+    weight_CCK = _SKIPPED * gain_GM.flatten()[:, None, None] * of_band_MCK.repeat(len(_GAINS), 1, 1)
     _set(conv, weight_CCK)
 
     channels = len(weight_CCK)
@@ -210,10 +209,6 @@ def _fit_last(conv: Any, hidden_BCT: torch.Tensor, target_BMT: torch.Tensor) -> 
 
 def _zeros(conv: Any) -> torch.Tensor:
     return torch.zeros_like(conv.conv.conv.weight_v)
-
-
-def _plain(conv: Any) -> torch.Tensor:
-    return torch._weight_norm(conv.conv.conv.weight_v, conv.conv.conv.weight_g)
 
 
 def _set(conv: Any, weight_CCK: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:

@@ -1,8 +1,6 @@
 """A remote token folder's shards on a local disk: bounded, fetched ahead and once, checked, and never in the way."""
 
 import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -385,32 +383,3 @@ def test_temporary_folder_is_empty_when_the_folder_is_closed(url, stored, shards
     assert threading.active_count() == threads
     with pytest.raises(StorageError, match=f"^{url}: its cache was closed$"):
         folder.whole(np.array([0]))
-
-
-ENDS_IN_THE_MIDDLE = """
-import sys, threading
-sys.path[:0] = [{tests!r}, {root!r}]
-import numpy as np
-from pathlib import Path
-from stores import HookedStore, hooked_copy
-from megascale.data.folder import TokenFolder
-
-with hooked_copy(Path({stored!r})) as url:
-    folder, hangs = TokenFolder(url, 1.5), threading.Event()
-    folder.whole(np.array([0]))
-    HookedStore.hook = staticmethod(lambda name: (hangs.set(), threading.Event().wait()))
-    folder.want([1, 2, 3, 4, 5])
-    assert hangs.wait(30)
-    print("end", flush=True)
-    {end}
-"""
-
-
-@pytest.mark.parametrize(("end", "code"), [("sys.exit(0)", 0), ("raise ValueError", 1)])
-def test_downloads_that_hang_do_not_keep_the_process_alive_and_its_temporary_folder_goes(stored, tmp_path, end, code):
-    root = Path(__file__).parents[3]
-    script = ENDS_IN_THE_MIDDLE.format(tests=str(root / "tests"), root=str(root), stored=str(stored), end=end)
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (code, "end\n"), done.stderr
-    assert [path for path in tmp_path.rglob("*.tar") if path.is_file()] == []

@@ -3,7 +3,10 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -272,3 +275,35 @@ def test_unigram_counts_of_a_large_corpus_come_from_clips_spread_over_it(stored)
     assert np.array_equal(
         unigram_counts(folder, np.arange(40), num_shards=2), unigram_counts(folder, np.array(first_and_last_shard))
     )
+
+
+ENDS_IN_THE_MIDDLE = """
+import sys, threading
+sys.path[:0] = [{tests!r}, {root!r}]
+import numpy as np
+from pathlib import Path
+from stores import HookedStore, hooked_copy
+from megascale.data.folder import TokenFolder
+
+with hooked_copy(Path({stored!r})) as url:
+    folder, hangs = TokenFolder(url, 1.5), threading.Event()
+    folder.whole(np.array([0]))
+    HookedStore.hook = staticmethod(lambda name: (hangs.set(), threading.Event().wait()))
+    folder.want([1, 2, 3, 4, 5])
+    assert hangs.wait(30)
+    print("end", flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(0)", 0), ("raise ValueError", 1)])
+def test_downloads_that_hang_do_not_keep_the_process_alive_and_its_temporary_folder_goes(tmp_path, end, code):
+    stored, temporary = tmp_path / "tokens", tmp_path / "temporary"
+    write_token_folder(stored, 48, frames=20)
+    temporary.mkdir()
+    root = Path(__file__).parents[3]
+    script = ENDS_IN_THE_MIDDLE.format(tests=str(root / "tests"), root=str(root), stored=str(stored), end=end)
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "end\n"), done.stderr
+    assert [path for path in temporary.rglob("*.tar") if path.is_file()] == []
