@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from megascale.data.loader import collate
 from megascale.errors import CheckpointError, DataError, StorageError
 from megascale.log import read_metrics, say
 from megascale.model import mega_audioformer
-from megascale.model.config import ModelConfig
+from megascale.model.config import ModelConfig, Pooling
 from megascale.model.mega_audioformer import GlobalEncoder, mean_over_frames
 from megascale.model_card import CODEC_FILE, RunFacts, model_card
 from megascale.seeding import torch_generator
@@ -260,7 +260,7 @@ class MegaAudioFormer(Pretrained, mega_audioformer.MegaAudioFormer):
 
 
 class AudioClassifier(Pretrained, mega_audioformer.AudioClassifier):
-    """The global encoder, the mean over frames, one linear layer, with from_pretrained, save_pretrained and push_to_hub.
+    """The global encoder, pooling over frames, one linear layer, with from_pretrained, save_pretrained and push_to_hub.
 
     `classes` names the columns of its logits.
     """
@@ -271,7 +271,11 @@ class AudioClassifier(Pretrained, mega_audioformer.AudioClassifier):
             raise CheckpointError(
                 f"{kept.url}: no classifier; MegaAudioFormer.from_pretrained reads a pretrained model"
             )
-        return _load(cls(*_sizes(kept), len(kept.facts["classes"]), torch_generator(0, "model weights")), kept)
+        pooling = kept.facts.get("pooling", "mean")  # older models lack it
+        if pooling not in get_args(Pooling):
+            raise CheckpointError(f"{kept.url}: {_CONFIG} tells of pooling={pooling!r}, which is not known here")
+        generator = torch_generator(0, "model weights")
+        return _load(cls(*_sizes(kept), len(kept.facts["classes"]), generator, pooling), kept)
 
     @property
     def classes(self) -> list[str]:
@@ -306,7 +310,8 @@ def _load(model: Any, kept: Kept) -> Any:
 
 @torch.inference_mode()
 def embed_clips(encoder: GlobalEncoder, clips: Sequence[StoredClip], batch: int = 16) -> np.ndarray:
-    """Return each clip's mean over frames of the global encoder, (N, D) float32: what a classifier's last layer sees.
+    """Return each clip's mean over frames of the global encoder, (N, D) float32: what a classifier's last layer sees
+    (of `head.pooling=mean_std`, its first half).
 
     Clips of like length share a forward pass, as they do when fine-tuning scores.
     """

@@ -5,7 +5,7 @@
     embeddings = hear.get_scene_embeddings(audio, model)
 
 Audio is tokenised with the checkpoint's own codec; the embedding of a frame is the global encoder's output, that of a
-clip the mean over frames: what fine-tuning's last layer sees.
+clip the mean over frames: what fine-tuning's last layer sees with `head.pooling=mean`.
 
 B clips, S samples, T frames, Q codebooks, D width of the global encoder.
 """

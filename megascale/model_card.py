@@ -11,6 +11,7 @@ from megascale.tokens import FRAMES_PER_SECOND, KBPS_PER_CODEBOOK, PUBLISHED_NAM
 CODEC_FILE = "codec.safetensors"
 # of a config: they say where, not what
 _PLACES = ("output", "storage", "log", "checkpoint", "data.url", "data.cache", "task.lists", "zero.deepspeed_json")
+_POOLING = {"mean": "the mean", "mean_std": "mean and standard deviation"}
 _NO_SCORES = ("checkpoint", "codec", "wall_seconds")
 
 
@@ -46,7 +47,8 @@ def model_card(facts: dict[str, Any], run: RunFacts, codec_included: bool) -> st
     kbps = facts["num_codebooks"] * KBPS_PER_CODEBOOK
     title = f"Mega-AudioFormer, {kbps:g} kbps" + (f", {facts['label']}" if "label" in facts else "")
     what = (
-        f"A classifier of {len(facts['classes'])} classes: the global encoder, the mean over frames, one linear layer."
+        f"A classifier of {len(facts['classes'])} classes: the global encoder, {_POOLING[facts.get('pooling', 'mean')]} over "
+        "frames, one linear layer."
         if classifier
         else "A multi-scale masked Transformer over EnCodec tokens, pretrained to predict hidden ones."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megascale.data.index import CodecFacts
-from megascale.model.config import ModelConfig
+from megascale.model.config import ModelConfig, Pooling
 from megascale.model.mega_audioformer import AudioClassifier
 from megascale.seeding import torch_generator
 from megascale.tokens import SAMPLES_PER_FRAME, model_name, write_ecdc
@@ -21,13 +21,17 @@ SHAPE = ModelConfig(layers=2, width=64, heads=2, mlp_width=96, local_layers=1, l
 
 
 def write_classifier(
-    folder: Path, num_codebooks: int = 2, fingerprint: str = FINGERPRINT, told: Mapping[str, object] = {}
+    folder: Path,
+    num_codebooks: int = 2,
+    fingerprint: str = FINGERPRINT,
+    told: Mapping[str, object] = {},
+    pooling: Pooling = "mean",
 ) -> AudioClassifier:
     """Write the `model/` of a classifier whose weights are ten times first ones, so that its answers differ; return it.
 
     `told` stands in its config.json in place of what is true.
     """
-    model = AudioClassifier(SHAPE, num_codebooks, len(CLASSES), torch_generator(0, "test classifier"))
+    model = AudioClassifier(SHAPE, num_codebooks, len(CLASSES), torch_generator(0, "test classifier"), pooling)
     for name, parameter in model.named_parameters():
         parameter.data.mul_(10 if parameter.dim() > 1 and "table" not in name else 1)
     codec = CodecFacts(
@@ -40,6 +44,7 @@ def write_classifier(
         "codec": codec.model_dump(),
         "label": "class",
         "classes": CLASSES,
+        "pooling": pooling,
     }
     write_model(folder, {k: v.detach().clone() for k, v in model.named_parameters()}, facts | dict(told))
     return model.eval()

@@ -9,7 +9,7 @@ from support import FINGERPRINT
 from torch import Tensor, nn
 
 from megascale.data.index import CodecFacts
-from megascale.model.config import ModelConfig
+from megascale.model.config import ModelConfig, Pooling
 from megascale.model.mega_audioformer import AudioClassifier, MegaAudioFormer
 from megascale.seeding import torch_generator
 from megascale.tokens import model_name
@@ -73,15 +73,18 @@ def write_run(folder: Path, codec: CodecFacts = CODEC, tokens: Path | str = "/no
     return folder
 
 
-def write_finetuned(folder: Path, codec: CodecFacts = CODEC, num_codebooks: int = 2) -> AudioClassifier:
+def write_finetuned(
+    folder: Path, codec: CodecFacts = CODEC, num_codebooks: int = 2, pooling: Pooling = "mean"
+) -> AudioClassifier:
     """A fine-tuning run of three classes."""
-    model = AudioClassifier(SHAPE, num_codebooks, 3, torch_generator(5, "test"))
+    model = AudioClassifier(SHAPE, num_codebooks, 3, torch_generator(5, "test"), pooling)
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     facts = facts_of(codec, num_codebooks) | {
         "kind": "classifier",
         "label": "genre",
         "classes": ["blues", "jazz", "rock"],
+        "pooling": pooling,
     }
     for key in ("corpus", "init_from", "clip_frames"):
         del facts[key]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megascale.data.index import CodecFacts
 from megascale.errors import CheckpointError
-from megascale.model.config import ModelConfig
-from megascale.model.mega_audioformer import GlobalEncoder
+from megascale.model.config import ModelConfig, Pooling
+from megascale.model.mega_audioformer import GlobalEncoder, mean_over_frames, pool_frames, pooled_width
 from megascale.tokens import FRAMES_PER_SECOND
 from megascale.train.checkpoint import read_model
 
@@ -35,6 +35,7 @@ class ModelFacts(BaseModel):
     label: str | None = None
     task_kind: Literal["single", "multi"] = "single"
     classes: list[str] | None = Field(None, min_length=2)
+    pooling: Pooling = "mean"  # older models don't tell
     clip_frames: int = Field(round(PRETRAINING_SECONDS * FRAMES_PER_SECOND), ge=1)
 
 
@@ -72,8 +73,10 @@ class Predictor:
         try:
             self._encoder = GlobalEncoder(self.facts.model, self.facts.num_codebooks)
             self._encoder.load_state_dict(_of("global_encoder.", weights))
-            self._head = None if self.classes is None else nn.Linear(self.facts.model.width, len(self.classes))
-            if self._head is not None:
+            self._head = None
+            if self.classes is not None:
+                seen = pooled_width(self.facts.model.width, self.facts.pooling)
+                self._head = nn.Linear(seen, len(self.classes))
                 self._head.load_state_dict(_of("head.", weights))
         except (ValueError, RuntimeError) as failure:
             reason = str(failure).splitlines()[-1].strip()
@@ -123,12 +126,14 @@ class Predictor:
 
     def _forward(self, codes_BQT: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         codes_BTQ = torch.from_numpy(codes_BQT).to(self.device).long().transpose(1, 2).contiguous()
-        mean_BD = self._encoder(codes_BTQ).mean(dim=1)
+        x_BTD = self._encoder(codes_BTQ)
+        mean_BD = mean_over_frames(x_BTD)
         if not bool(torch.isfinite(mean_BD).all()):
             raise CheckpointError(f"{self._url}: puts out what is no finite number; did its training diverge?")
         if self._head is None:
             return mean_BD.cpu().numpy(), None
-        logits_BC = torch.cat([self._head(mean_1D) for mean_1D in mean_BD.split(1)])  # see _ALONE_BELOW
+        seen = pool_frames(x_BTD, self.facts.pooling).split(1)
+        logits_BC = torch.cat([self._head(of_one) for of_one in seen])  # see _ALONE_BELOW
         several = self.facts.task_kind == "multi"  # each label has a chance of its own
         return mean_BD.cpu().numpy(), (logits_BC.sigmoid() if several else logits_BC.softmax(dim=-1)).cpu().numpy()
 

@@ -11,7 +11,7 @@ from megascale.storage import StorageConfig
 
 ARMS = ("scratch", "ft", "ft_aug")
 BITRATES_KBPS = (1.5, 12.0)
-_BUDGET = ("train", "optim", "drop", "zero")
+_BUDGET = ("train", "optim", "head", "drop", "zero")
 _ROW_NAME = re.compile(r"[\w-]+")
 
 
@@ -84,7 +84,7 @@ class CellsConfig(Section):
 
     lrs: list[float] = Field([3e-5, 1e-4, 3e-4], min_length=1, description="learning rates tried by every arm")
     finetune: dict[str, Any] = Field(
-        {}, description="sections train, optim, drop and zero of a finetune config, the same for every cell"
+        {}, description="sections train, optim, head, drop and zero of a finetune config, the same for every cell"
     )
     gpus_each: float = Field(0, ge=0, description="GPUs per run; 0 runs on CPUs, one thread a run")
 

@@ -36,7 +36,7 @@ class WatchConfig(Section):
     poll_seconds: float = Field(30, gt=0, description="time between two looks at the run")
     arm: Literal["probe", "ft", "ft_aug"] = Field("ft", description="how a checkpoint is fine-tuned")
     finetune: dict[str, Any] = Field(
-        {}, description="sections train, optim, drop and zero of a finetune config, the same for every checkpoint"
+        {}, description="sections train, optim, head, drop and zero of a finetune config, the same for every checkpoint"
     )
     gpus_each: float = Field(0, ge=0, description="GPUs per classifier; 0 trains on CPUs, one thread each")
     seeds: list[int] = Field([0], min_length=1, description="one classifier per seed; splits are drawn from it too")

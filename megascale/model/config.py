@@ -1,10 +1,12 @@
 """Sizes of the multi-scale Transformer: the paper's (section 3) and, where it is silent, EuroBERT-210m's."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megascale.config import Section
+
+Pooling = Literal["mean", "mean_std"]  # of frames to what a linear layer sees
 
 
 class ModelConfig(Section):

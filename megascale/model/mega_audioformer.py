@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.model.config import ModelConfig
+from megascale.model.config import ModelConfig, Pooling
 from megascale.model.layers import INIT_STD, NORM_EPS, Block, Blocks, initialise, rotary
 from megascale.tokens import CODEBOOK_SIZE
 
 _COMPILED_VERSIONS = 64  # torch's own limit is 8, and beyond it a block runs eager
 _CODE_STD = 0.2  # of the codes' embeddings; everything else starts at INIT_STD or below
+_TINY_VARIANCE = 1e-6  # a feature that never changes has a gradient, too
 
 
 class MaskedTokenOutput(NamedTuple):
@@ -167,27 +168,53 @@ class MegaAudioFormer(nn.Module):
 
 
 class AudioClassifier(nn.Module):
-    """The global encoder, the mean over frames, one linear layer. (paper, section 3)"""
+    """The global encoder, pooling over frames, one linear layer. (paper, section 3: the mean)"""
 
-    def __init__(self, config: ModelConfig, num_codebooks: int, num_classes: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_codebooks: int,
+        num_classes: int,
+        generator: torch.Generator,
+        pooling: Pooling = "mean",
+    ) -> None:
+        """`pooling`: as `pool_frames`."""
         super().__init__()
         self.global_encoder = GlobalEncoder(config, num_codebooks)
-        self.head = nn.Linear(config.width, num_classes)
+        self.pooling = pooling
+        self.head = nn.Linear(pooled_width(config.width, pooling), num_classes)
         self.global_encoder.initialise(generator)
         initialise(self.head, 1, generator)
 
     def forward(self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
         """Return logits_BC."""
-        x_BTD = self.global_encoder(codes_BTQ, None, positions_BT, valid_BT)
-        return self.head(mean_over_frames(x_BTD, valid_BT))
+        return self.head(self.pool(codes_BTQ, positions_BT, valid_BT))
+
+    def pool(self, codes_BTQ: Tensor, positions_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
+        """Return what the linear layer sees of each clip, as `pool_frames`."""
+        return pool_frames(self.global_encoder(codes_BTQ, None, positions_BT, valid_BT), self.pooling, valid_BT)
 
 
 def mean_over_frames(x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-    """Return the mean over a clip's real frames, x_BD: what a classifier sees of it, and what it is embedded as."""
+    """Return the mean over a clip's real frames, x_BD: what it is embedded as."""
     if valid_BT is None:
         return x_BTD.mean(dim=1)
     weight_BT = valid_BT / valid_BT.sum(dim=1, keepdim=True)
     return torch.einsum("btd,bt->bd", x_BTD, weight_BT.to(x_BTD.dtype))
+
+
+def pool_frames(x_BTD: Tensor, pooling: Pooling, valid_BT: Tensor | None = None) -> Tensor:
+    """Return what a classifier sees of each clip: the mean over its real frames, (B, D), or with their deviation, (B, 2D)."""
+    mean_BD = mean_over_frames(x_BTD, valid_BT)
+    if pooling == "mean":
+        return mean_BD
+    variance_BD = mean_over_frames((x_BTD - mean_BD[:, None]).square(), valid_BT)
+    return torch.cat([mean_BD, (variance_BD + _TINY_VARIANCE).sqrt()], dim=-1)
+
+
+def pooled_width(width: int, pooling: Pooling) -> int:
+    """Return how many numbers `pool_frames` gives for a clip."""
+    return 2 * width if pooling == "mean_std" else width
 
 
 def prepare_training(module: nn.Module, recompute: bool, compile: bool) -> None:

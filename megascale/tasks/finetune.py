@@ -1,4 +1,4 @@
-"""Fine-tuning: the global encoder, the mean over frames, one linear layer; from a checkpoint or from scratch.
+"""Fine-tuning: the global encoder, pooling over frames, one linear layer; from a checkpoint or from scratch.
 
 Arms: `scratch` draws new weights; `probe` trains a linear layer on a checkpoint's frozen encoder; `ft` trains both; `ft_aug`
 is `ft` with token-chunk drop. (paper, Table 1)
@@ -146,7 +146,7 @@ def _build_model(
         shape, clip_frames = ModelConfig(**facts["model"]), facts.get("clip_frames")  # None: checkpoints of old lack it
     generator = seeding.torch_generator(config.seed, "classifier weights")
     try:
-        model = AudioClassifier(shape, num_codebooks, len(classes), generator)
+        model = AudioClassifier(shape, num_codebooks, len(classes), generator, config.head.pooling)
     except ValueError as failure:
         raise ConfigError(f"finetune.{failure}") from None
     if config.model.init_from is not None:
@@ -166,6 +166,7 @@ def _build_model(
         "label": config.task.label,
         "task_kind": config.task.kind,
         "classes": classes,
+        "pooling": config.head.pooling,
     }
     if clip_frames is not None:
         described["clip_frames"] = clip_frames

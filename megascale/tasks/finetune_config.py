@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from megascale.config import Section
 from megascale.data.transforms import DropConfig
 from megascale.downstream.protocols import TaskConfig
-from megascale.model.config import ModelConfig
+from megascale.model.config import ModelConfig, Pooling
 from megascale.storage import StorageConfig
 from megascale.train.schedule import OptimConfig
 from megascale.train.zero import ZeroConfig
@@ -33,15 +33,23 @@ class FinetuneOptimConfig(OptimConfig):
     )
 
 
+class HeadConfig(Section):
+    """The linear layer and what it sees."""
+
+    pooling: Pooling = Field(
+        "mean", description="over frames; the paper's mean, or mean_std: standard deviations besides"
+    )
+    start: Literal["random", "regression"] = Field(
+        "random",
+        description="first weights; regression: logistic regression on the encoder as it begins, the penalty chosen on "
+        "validation. That is epoch 0, which may stay the best",
+    )
+
+
 class FinetuneTrainConfig(Section):
     """Length and batches."""
 
     epochs: int = Field(20, ge=1, description="passes over the training clips")
-    frozen_epochs: int = Field(
-        0,
-        ge=0,
-        description="ft, ft_aug: only the classifier learns in so many first epochs; each part has a schedule of its own",
-    )
     patience: int | None = Field(
         None,
         ge=1,
@@ -52,14 +60,6 @@ class FinetuneTrainConfig(Section):
         None, gt=0, description="train on random crops of this length; null: whole clips"
     )
     eval_batch: int = Field(16, ge=1, description="clips per forward pass when scoring; whole clips")
-
-    @model_validator(mode="after")
-    def _frozen_epochs_leave_some(self) -> "FinetuneTrainConfig":
-        if self.frozen_epochs >= self.epochs:
-            raise ValueError(
-                f"frozen_epochs={self.frozen_epochs} must be below epochs={self.epochs}; or take arm=probe"
-            )
-        return self
 
 
 class FinetuneOutputConfig(Section):
@@ -85,6 +85,7 @@ class FinetuneConfig(Section):
     model: ModelConfig = Field(
         ModelConfig(), description="scratch: the model's shape, if no checkpoint gives it, and first weights"
     )
+    head: HeadConfig = Field(HeadConfig(), description="the linear layer and what it sees")
     drop: DropConfig = Field(DropConfig(), description="token-chunk drop, used by ft_aug alone")
     optim: FinetuneOptimConfig = Field(FinetuneOptimConfig(lr=1e-4), description="optimizer and schedule")
     train: FinetuneTrainConfig = Field(FinetuneTrainConfig(), description="length and batches")

@@ -107,11 +107,11 @@ class Batches:
         self.size = min(config.train.batch, len(self._train))
         self.per_epoch = len(self._train) // self.size
 
-    def train(self, first_epoch: int, num_epochs: int) -> Iterator[list[Batch]]:
-        """Yield the batches of some epochs, with `targets_B`, int64, or (`task.kind=multi`) `targets_BC`, float32."""
+    def train(self) -> Iterator[list[Batch]]:
+        """Yield the batches of all epochs, with `targets_B`, int64, or (`task.kind=multi`) `targets_BC`, float32."""
         name = "targets_B" if self.targets.ndim == 1 else "targets_BC"
         crop_frames = round((self._config.train.crop_seconds or 1e9) * FRAMES_PER_SECOND)
-        for epoch in range(first_epoch, first_epoch + num_epochs):
+        for epoch in range(self._config.train.epochs):
             order = seeding.generator(self._config.seed, "finetune order", epoch).permutation(len(self._train))
             for i in range(self.per_epoch):
                 chosen = self._train[order[i * self.size : (i + 1) * self.size]]

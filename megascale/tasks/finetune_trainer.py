@@ -3,17 +3,15 @@
 B batch, N windows, R recordings, C classes.
 """
 
-import copy
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megascale.data.loader import Batch
 from megascale.downstream.protocols import SURE
@@ -22,6 +20,7 @@ from megascale.log import MetricLog
 from megascale.model.mega_audioformer import AudioClassifier
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import Batches, LabelledClips
+from megascale.tasks.regression_start import STRENGTHS, fit_linear
 from megascale.train.engine import Engine
 from megascale.train.loop import Hooks, fit
 
@@ -38,90 +37,119 @@ class Trainer:
         self._batches = Batches(config, data)
         self._best: tuple[float, float] | None = None
         self.best_weights: dict[str, Tensor] = {}
-        self._best_epoch = self._last_epoch = 0
+        self._best_epoch = self._last_epoch = 0  # 0: before the first update
         self._engine: Engine
 
     def fit(self, quiet: bool) -> None:
-        """Train the classifier alone, all of the model, or one after the other; keep the weights best on validation."""
+        """Train what the arm lets learn; keep the weights best on validation."""
+        config, layers = self._config, self._model.global_encoder.config.layers
         log = MetricLog(self._path / "metrics.jsonl")
-        epochs = self._config.train.epochs
-        frozen = self._config.train.frozen_epochs if self._config.arm in ("ft", "ft_aug") else 0
-        if self._config.arm == "probe":
-            self._train(self._frozen_copy(), 0, epochs, log, quiet)
-        elif not frozen:
-            self._train(self._model, 0, epochs, log, quiet)
-        else:
-            self._train(self._frozen_copy(), 0, frozen, log, quiet)
-            head = {name: value for name, value in self._engine.full_weights().items() if name.startswith("head.")}
-            self._model.load_state_dict(head, strict=False)
-            self._train(self._model, frozen, epochs, log, quiet)
-        log.close()
-
-    def _frozen_copy(self) -> AudioClassifier:
-        """Return a copy whose encoder does not learn; DeepSpeed would round the original's weights in bf16."""
-        model = copy.deepcopy(self._model)
-        model.global_encoder.requires_grad_(False)
-        return model
-
-    def _train(self, model: AudioClassifier, first_epoch: int, end_epoch: int, log: MetricLog, quiet: bool) -> None:
-        start, stop = (epoch * self._batches.per_epoch for epoch in (first_epoch, end_epoch))
-        config, layers = self._config, model.global_encoder.config.layers
+        if config.head.start == "regression":
+            log.write(0, self._start_classifier())
+        if config.arm == "probe":
+            self._model.global_encoder.requires_grad_(False)
         decay = config.optim.layer_decay if config.arm in ("ft", "ft_aug") else 1.0
+        num_steps = config.train.epochs * self._batches.per_epoch
         self._engine = Engine(
-            model,
+            self._model,
             config.optim,
             config.zero,
             self._batches.size,
             1,
-            stop - start,
-            first_step=start,
+            num_steps,
             rate_share=lambda name: rate_share(name, layers, decay),
         )
         fit(
             self._engine,
-            self._batches.train(first_epoch, end_epoch - first_epoch),
+            self._batches.train(),
             _labels_loss if self._multi else _class_loss,
-            Hooks(_summarise, self._validate, None, _note, enough=self._enough(first_epoch, end_epoch)),
+            Hooks(_summarise, self._validate, None, _note, enough=self._enough),
             log,
             title="" if quiet else f"fine-tuning {config.arm}",
-            start=start,
-            num_steps=stop,
+            start=0,
+            num_steps=num_steps,
             log_every=self._batches.per_epoch,
             validate_every=self._batches.per_epoch,
-            save_every=stop,
+            save_every=num_steps,
         )
+        log.close()
 
-    def _enough(self, first_epoch: int, end_epoch: int) -> Callable[[], bool] | None:
+    def _enough(self) -> bool:
         patience = self._config.train.patience
-        if patience is None or end_epoch < self._config.train.epochs:  # what is only begun goes on with the whole model
-            return None
-        return lambda: self._last_epoch - max(self._best_epoch, first_epoch) >= patience
+        return patience is not None and self._last_epoch - self._best_epoch >= patience
 
-    def _validate(self, steps: int) -> dict[str, float]:
-        probabilities_NC, targets_N, recordings = self._predict(self._data.splits["valid"])
-        probabilities_RC, targets_R, _ = average_windows(probabilities_NC, targets_N, recordings)
-        if self._multi:
-            name, merit = "map", score_labels(targets_R, probabilities_RC, self._data.classes)["map"]
-            sure_RC = np.where(targets_R > 0, probabilities_RC, 1 - probabilities_RC)
-        else:
-            name, merit = "acc", float((probabilities_RC.argmax(axis=1) == targets_R).mean())
-            sure_RC = probabilities_RC[np.arange(len(targets_R)), targets_R]
-        loss = float(-np.log(np.maximum(sure_RC, _TINY)).mean())
-        self._last_epoch = steps // self._batches.per_epoch
-        if self._best is None or (merit, -loss) > self._best:
-            self._best, self._best_epoch = (merit, -loss), self._last_epoch
-            self.best_weights = {k: v.detach().clone() for k, v in self._engine.module.state_dict().items()}
-        return {"valid/loss": loss, f"valid/{name}": merit}
+    def _start_classifier(self) -> dict[str, float]:
+        """Set the linear layer by logistic regression on whole windows, with the penalty that is best on validation."""
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        train_NK, train_clips = self._pooled(self._data.splits["train"])
+        valid_NK, valid_clips = self._pooled(self._data.splits["valid"])
+        targets = torch.from_numpy(self._batches.targets[train_clips]).to(train_NK.device)
+        metrics: dict[str, float] = {}
+        for strength in STRENGTHS:
+            weight_CD, bias_C = fit_linear(train_NK, targets, len(self._data.classes), strength)
+            rating = self._rate(self._probabilities(F.linear(valid_NK, weight_CD, bias_C)), valid_clips)
+            if self._is_best(rating):
+                head = {"weight": weight_CD, "bias": bias_C}
+                self._model.head.load_state_dict(head)
+                self._keep(rating, self._model)
+                metrics = self._metrics(rating) | {"valid/regression_strength": strength}
+        return metrics
 
-    def _predict(self, members: list[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return probabilities_NC and targets of each window, and the recordings they are of."""
+    @torch.no_grad()
+    def _pooled(self, members: list[int]) -> tuple[Tensor, list[int]]:
+        """Return what the linear layer sees of each window, (N, K), and the clips in that order."""
         clips: list[int] = []
         parts = []
         for chosen, batch in self._batches.whole(members):
-            logits_BC = self._engine.evaluate(batch).float()
-            parts.append((logits_BC.sigmoid() if self._multi else logits_BC.softmax(dim=-1)).cpu().numpy())
+            inputs = {name: value.to(self._model.head.weight.device) for name, value in batch.items()}
+            parts.append(self._model.pool(**inputs))
             clips += chosen
-        return np.concatenate(parts), self._batches.targets[clips], [self._data.clips[i].recording for i in clips]
+        return torch.cat(parts), clips
+
+    def _validate(self, steps: int) -> dict[str, float]:
+        rating = self._rate(*self._predict(self._data.splits["valid"]))
+        self._last_epoch = steps // self._batches.per_epoch
+        if self._is_best(rating):
+            self._keep(rating, self._engine.module)
+        return self._metrics(rating)
+
+    def _rate(self, probabilities_NC: np.ndarray, clips: list[int]) -> tuple[float, float]:
+        """Return (accuracy or mAP, negative loss) over recordings: greater is better."""
+        probabilities_RC, targets_R, _ = self._average(probabilities_NC, clips)
+        if self._multi:
+            merit = score_labels(targets_R, probabilities_RC, self._data.classes)["map"]
+            sure_RC = np.where(targets_R > 0, probabilities_RC, 1 - probabilities_RC)
+        else:
+            merit = float((probabilities_RC.argmax(axis=1) == targets_R).mean())
+            sure_RC = probabilities_RC[np.arange(len(targets_R)), targets_R]
+        return merit, float(np.log(np.maximum(sure_RC, _TINY)).mean())
+
+    def _is_best(self, rating: tuple[float, float]) -> bool:
+        return self._best is None or rating > self._best
+
+    def _keep(self, rating: tuple[float, float], model: nn.Module) -> None:
+        self._best, self._best_epoch = rating, self._last_epoch
+        self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    def _metrics(self, rating: tuple[float, float]) -> dict[str, float]:
+        return {"valid/loss": -rating[1], "valid/map" if self._multi else "valid/acc": rating[0]}
+
+    def _probabilities(self, logits_NC: Tensor) -> np.ndarray:
+        logits_NC = logits_NC.float()
+        return (logits_NC.sigmoid() if self._multi else logits_NC.softmax(dim=-1)).cpu().numpy()
+
+    def _average(self, probabilities_NC: np.ndarray, clips: list[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        recordings = [self._data.clips[i].recording for i in clips]
+        return average_windows(probabilities_NC, self._batches.targets[clips], recordings)
+
+    def _predict(self, members: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Return probabilities_NC of each window, and the clips in that order."""
+        clips: list[int] = []
+        parts = []
+        for chosen, batch in self._batches.whole(members):
+            parts.append(self._probabilities(self._engine.evaluate(batch)))
+            clips += chosen
+        return np.concatenate(parts), clips
 
     def test(self) -> tuple[dict[str, Any], str]:
         """Score the chosen weights on the test split, by recording and (`clip`) by window.
@@ -131,10 +159,10 @@ class Trainer:
         """
         assert self._best is not None, "training validates at least once"
         self._engine.module.load_state_dict(self.best_weights)
-        probabilities_NC, targets_N, recordings = self._predict(self._data.splits["test"])
-        probabilities_RC, targets_R, names = average_windows(probabilities_NC, targets_N, recordings)
+        probabilities_NC, clips = self._predict(self._data.splits["test"])
+        probabilities_RC, targets_R, names = self._average(probabilities_NC, clips)
         result = self._score(targets_R, probabilities_RC)
-        clip = self._score(targets_N, probabilities_NC)
+        clip = self._score(self._batches.targets[clips], probabilities_NC)
         del clip["classes"]
         merit = "valid_map" if self._multi else "valid_accuracy"
         result |= {"clip": clip, merit: self._best[0], "valid_loss": -self._best[1]}

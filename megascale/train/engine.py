@@ -126,7 +126,6 @@ class Engine:
         num_steps: int,
         ema_decay: float | None = None,
         universal: bool = False,
-        first_step: int = 0,
         rate_share: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """
@@ -140,14 +139,12 @@ class Engine:
             num_steps: length of the schedule, in updates.
             ema_decay: keep an exponential moving average of the weights, too.
             universal: whether `load` will get a checkpoint that `convert` made.
-            first_step: the update at which the schedule begins.
             rate_share: the share of the learning rate that the weight of this name gets.
 
         Raises:
             ConfigError: the user's DeepSpeed JSON does not fit.
         """
         self._optim, self.stage, self._num_steps, self._accumulation = optim, zero.stage, num_steps, accumulation
-        self._first_step = first_step
         self.universal = universal and zero.stage > 0  # ZeRO-0 keeps everything on every rank: nothing to convert
         self.settings = deepspeed_settings(
             optim, zero, micro_batch, accumulation, sum(p.numel() for p in model.parameters()), self.universal
@@ -177,7 +174,7 @@ class Engine:
             NonFiniteError: on every rank, before the update.
         """
         assert len(micro_batches) == self._accumulation, "the loader cuts what the engine expects"
-        lr = self._optim.lr * lr_factor(step - self._first_step, self._num_steps, self._optim)
+        lr = self._optim.lr * lr_factor(step, self._num_steps, self._optim)
         for group, share in zip(self._optimizer.param_groups, self._shares, strict=True):
             group["lr"] = lr * share
         sums: dict[str, Tensor] = {}

@@ -93,8 +93,9 @@ def test_an_export_is_read_without_its_run_and_keeps_its_card(run, tmp_path):
     assert (tmp_path / "twice" / "README.md").read_bytes() == (tmp_path / "out" / "README.md").read_bytes()
 
 
-def test_a_classifier_goes_the_same_way(tmp_path):
-    reference = write_finetuned(tmp_path / "run")
+@pytest.mark.parametrize(("pooling", "told"), [("mean", "the mean"), ("mean_std", "mean and standard deviation")])
+def test_a_classifier_goes_the_same_way(tmp_path, pooling, told):
+    reference = write_finetuned(tmp_path / "run", pooling=pooling)
     codes_BTQ = torch.randint(1024, (2, 20, 2), generator=torch.Generator().manual_seed(1))
     for place in (tmp_path / "run", tmp_path / "run" / "model"):
         model = AudioClassifier.from_pretrained(place)
@@ -104,6 +105,7 @@ def test_a_classifier_goes_the_same_way(tmp_path):
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "run" / "model" / name).read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
+    assert f"the global encoder, {told} over frames, one linear layer." in card
     assert "| classes | blues, jazz, rock |" in card and "| accuracy | 0.625 |" in card and "/secret" not in card
     assert header_of(card)["pipeline_tag"] == "audio-classification"
 
@@ -116,6 +118,16 @@ def test_each_kind_of_model_is_read_by_its_own_class(run, tmp_path):
         MegaAudioFormer.from_pretrained(tmp_path / "finetuned")
     with pytest.raises(CheckpointError, match=r"no classifier; MegaAudioFormer\.from_pretrained"):
         AudioClassifier.from_pretrained(run)
+
+
+def test_pooling_of_a_later_version_is_refused(tmp_path):
+    write_finetuned(tmp_path / "run")
+    told = tmp_path / "run" / "model" / "config.json"
+    told.write_text(told.read_text().replace('"pooling": "mean"', '"pooling": "median"'))
+    with pytest.raises(
+        CheckpointError, match=r"model: config\.json tells of pooling='median', which is not known here"
+    ):
+        AudioClassifier.from_pretrained(tmp_path / "run" / "model")
 
 
 def test_damaged_and_missing_models_are_one_line(run, tmp_path):

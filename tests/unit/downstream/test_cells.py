@@ -77,7 +77,7 @@ def test_seed_or_rate_named_twice_is_refused(repeated):
 @pytest.mark.parametrize(
     ("finetune", "told"),
     [
-        ({"seed": 3}, "finetune.seed: is set here; only train, optim, drop, zero may stand in it"),
+        ({"seed": 3}, "finetune.seed: is set here; only train, optim, head, drop, zero may stand in it"),
         ({"optim": {"lr": 1e-3}}, "finetune.optim.lr: the rates are cells.lrs"),
     ],
 )

@@ -58,9 +58,9 @@ def error(url: object, num_codebooks: int = 2) -> str:
 # --------------------------------------------------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize("num_codebooks", [2, 16])
-def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thread, num_codebooks):
-    model = write_classifier(tmp_path / "model", num_codebooks)
+@pytest.mark.parametrize(("num_codebooks", "pooling"), [(2, "mean"), (2, "mean_std"), (16, "mean")])
+def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thread, num_codebooks, pooling):
+    model = write_classifier(tmp_path / "model", num_codebooks, pooling=pooling)
     codes_QT = draw_codes(90, num_codebooks)
     codes_1TQ = torch.from_numpy(codes_QT.T.astype(np.int64))[None]
     with torch.inference_mode():

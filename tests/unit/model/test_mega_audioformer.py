@@ -14,6 +14,9 @@ from megascale.model.mega_audioformer import (
     MaskedTokenOutput,
     MegaAudioFormer,
     count_parameters,
+    mean_over_frames,
+    pool_frames,
+    pooled_width,
     prepare_training,
 )
 
@@ -174,6 +177,21 @@ def test_classifier_is_a_linear_layer_on_the_mean_over_frames():
     assert torch.allclose(classifier(**inputs), expected_BC, atol=1e-6)  # fp32 sums in another order
     assert not any("local" in name for name, _ in classifier.named_modules())
     assert count_parameters(classifier) == count_parameters(classifier.global_encoder) + 32 * 5 + 5
+
+
+def test_pooling_takes_mean_and_deviation_of_real_frames_alone_and_a_still_feature_has_a_gradient():
+    x_BTD = torch.randn(2, 9, 4, generator=generator(), requires_grad=True)
+    valid_BT = torch.arange(9) < torch.tensor([[9], [5]])
+    pooled_BK = pool_frames(x_BTD, "mean_std", valid_BT)
+    assert pooled_BK.shape == (2, pooled_width(4, "mean_std")) and pooled_width(4, "mean") == 4
+    for b, frames in enumerate((9, 5)):
+        seen_TD = x_BTD[b, :frames]
+        expected_K = torch.cat([seen_TD.mean(dim=0), seen_TD.std(dim=0, correction=0)])
+        assert torch.allclose(pooled_BK[b], expected_K, atol=1e-5)
+    assert torch.equal(pool_frames(x_BTD, "mean", valid_BT), mean_over_frames(x_BTD, valid_BT))
+    still_BTD = torch.ones(1, 3, 2, requires_grad=True)
+    pool_frames(still_BTD, "mean_std").sum().backward()
+    assert still_BTD.grad is not None and bool(torch.isfinite(still_BTD.grad).all())
 
 
 def gradients(model: MegaAudioFormer, batch: Batch) -> dict[str, torch.Tensor]:

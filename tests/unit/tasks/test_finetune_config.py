@@ -27,10 +27,7 @@ TREE = {
         ({"checkpoint": None}, "finetune: checkpoint is required for arm=ft"),
         ({"checkpoint": None, "arm": "probe"}, "finetune: checkpoint is required for arm=probe"),
         ({"train": {"patience": 0}}, "finetune.train.patience=0: Input should be greater than or equal to 1"),
-        (
-            {"train": {"epochs": 3, "frozen_epochs": 3}},
-            "finetune.train: frozen_epochs=3 must be below epochs=3; or take arm=probe",
-        ),
+        ({"head": {"pooling": "max"}}, "finetune.head.pooling='max': Input should be 'mean' or 'mean_std'"),
         ({"optim": {"layer_decay": 1.5}}, "finetune.optim.layer_decay=1.5: Input should be less than or equal to 1"),
         ({"task": {"label": "genre", "kind": "multiple"}}, "finetune.task.kind='multiple': "),
         ({"task": {"label": "genre", "protocol": "fold"}}, "finetune.task.protocol='fold': "),
@@ -44,7 +41,7 @@ def test_what_cannot_be_meant_is_one_line(changed, line):
 
 def test_every_arm_has_the_same_budget_unless_told():
     config = validate(FinetuneConfig, "finetune", TREE)
-    assert (config.train.patience, config.train.frozen_epochs, config.optim.layer_decay) == (None, 0, 1.0)
+    assert (config.train.patience, config.optim.layer_decay) == (None, 1.0)
     assert config.optim.lr == 1e-4
 
 

@@ -29,7 +29,7 @@ def config_of(tokens: Path, **sections: Any) -> FinetuneConfig:
         "task": {"label": "class", "protocol": "official"},
         "arm": "ft_aug",
         "checkpoint": "none",
-        "train": {"batch": 6, "crop_seconds": 0.25, "eval_batch": 4},
+        "train": {"epochs": 2, "batch": 6, "crop_seconds": 0.25, "eval_batch": 4},
         "drop": {"p": 1.0, "min_share": 0.2, "max_share": 0.2},
         "output": {"url": "none"},
     }
@@ -47,17 +47,17 @@ def equal(one: list[list[dict]], other: list[list[dict]]) -> bool:
     )
 
 
-def test_epochs_are_the_same_wherever_training_begins(tokens):
-    batches = batches_of(config_of(tokens))
-    straight = list(batches.train(0, 3))
-    assert len(straight) == 3 * batches.per_epoch == 3 * (20 // 6)
-    assert equal(straight[batches.per_epoch :], list(batches.train(1, 2)))
-    assert not equal(straight[: batches.per_epoch], straight[batches.per_epoch : 2 * batches.per_epoch])
+def test_every_epoch_is_drawn_anew(tokens):
+    batches = batches_of(config_of(tokens, train={"epochs": 3, "batch": 6, "crop_seconds": 0.25}))
+    drawn, again = list(batches.train()), list(batches.train())
+    assert len(drawn) == 3 * batches.per_epoch == 3 * (20 // 6)
+    assert equal(drawn, again)
+    assert not equal(drawn[: batches.per_epoch], drawn[batches.per_epoch : 2 * batches.per_epoch])
 
 
 def test_chunks_are_dropped_in_one_arm_alone(tokens):
-    dropped = list(batches_of(config_of(tokens)).train(0, 1))
-    plain = list(batches_of(config_of(tokens, arm="ft")).train(0, 1))
+    dropped = list(batches_of(config_of(tokens)).train())
+    plain = list(batches_of(config_of(tokens, arm="ft")).train())
     crop = round(0.25 * 75)
     assert {batch["codes_BTQ"].shape[1] for (batch,) in plain} == {crop}
     assert {batch["codes_BTQ"].shape[1] for (batch,) in dropped} == {crop - round(0.2 * crop)}
@@ -66,7 +66,7 @@ def test_chunks_are_dropped_in_one_arm_alone(tokens):
 
 
 def test_every_arm_sees_the_same_clips(tokens):
-    arms = [list(batches_of(config_of(tokens, arm=arm)).train(0, 2)) for arm in ("scratch", "probe", "ft")]
+    arms = [list(batches_of(config_of(tokens, arm=arm)).train()) for arm in ("scratch", "probe", "ft")]
     assert equal(arms[0], arms[1]) and equal(arms[0], arms[2])
 
 

@@ -25,6 +25,7 @@ from megascale.tasks import finetune
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import open_clips
 from megascale.tasks.finetune_trainer import Trainer, rate_share
+from megascale.tasks.regression_start import STRENGTHS
 from megascale.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -38,6 +39,7 @@ def inputs(tmp_path_factory) -> Path:
     write_paced_tokens(folder / "windows", 40, clips_per_recording=2, labels=lambda i: {"class": "ab"[i // 2 % 2]})
     # codes 0 to 7 in low clips and 8 to 15 in high ones: a few updates tell them apart
     codes_NQT = np.random.default_rng(0).integers(0, 8, (40, 2, 75)) + 8 * (np.arange(40) % 2)[:, None, None]
+    write_token_folder(folder / "easy", 40, codes=codes_NQT, labels=lambda i: {"class": "ab"[i % 2]})
     tags = [["/m/low", "/m/any"], ["/m/high", "/m/any"]]
     write_token_folder(folder / "tags", 40, codes=codes_NQT, labels=lambda i: {"tags": tags[i % 2]})
     write_pretrained(folder / "encoder", 2)
@@ -99,27 +101,39 @@ def test_probe_leaves_the_encoder_as_it_is(inputs, tmp_path, stage):
     assert all(torch.equal(value, saved[name]) for name, value in encoder_of(last).items())
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_encoder_begins_to_learn_after_the_frozen_epochs_with_the_classifier_as_it_is_by_then(inputs, tmp_path, stage):
-    sections = {"zero": {"stage": stage}, "optim": {"lr": 1e-3, "warmup_share": 0.0}}
-    config = config_of(inputs, tmp_path / "run", train={"epochs": 4, "frozen_epochs": 2}, **sections)
-    first, seen = weights_by_epoch(config)
-    frozen = [equal(encoder_of(weights), encoder_of(first)) for weights in seen]
-    assert frozen == [True, True, False, False]
-    # AdamW moves a weight by about the rate at most: five updates here
-    assert (seen[2]["head.weight"] - seen[1]["head.weight"]).abs().max() < 5.5e-3
-    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid/acc" in row] == [
-        5,
-        10,
-        15,
-        20,
-    ]
-
-
-def test_frozen_epochs_and_layer_decay_are_for_what_is_pretrained(inputs, tmp_path):
+def test_layer_decay_is_for_what_is_pretrained(inputs, tmp_path):
     plain = weights_by_epoch(config_of(inputs, tmp_path / "plain", arm="scratch"))[1][-1]
-    told = {"train": {"frozen_epochs": 1}, "optim": {"lr": 3e-3, "layer_decay": 0.5}}
-    assert equal(weights_by_epoch(config_of(inputs, tmp_path / "told", arm="scratch", **told))[1][-1], plain)
+    told = {"lr": 3e-3, "layer_decay": 0.5}
+    assert equal(weights_by_epoch(config_of(inputs, tmp_path / "told", arm="scratch", optim=told))[1][-1], plain)
+
+
+# ------------------------------------------------------------------------------- where it begins, and what the head sees
+
+
+@pytest.mark.parametrize("arm", ["scratch", "ft", "probe"])
+@pytest.mark.parametrize("tokens", ["easy", "tags"])
+def test_classifier_begins_as_a_logistic_regression_on_what_it_sees(inputs, tmp_path, arm, tokens):
+    """Without training to speak of, that alone tells the classes apart; random weights don't."""
+    sections: dict[str, Any] = {"arm": arm, "optim": {"lr": 1e-30}, "train": {"epochs": 1}}
+    if tokens == "tags":
+        sections["task"] = {"label": "tags", "kind": "multi", "protocol": "official"}
+    started = config_of(inputs, tmp_path / "started", tokens, head={"start": "regression"}, **sections)
+    result = finetune.run(started, quiet=True)
+    plain = finetune.run(config_of(inputs, tmp_path / "plain", tokens, **sections), quiet=True)
+    name = "map" if tokens == "tags" else "accuracy"
+    assert result["best_epoch"] == 0 and plain["best_epoch"] == 1
+    assert result[name] >= 0.95 and result["valid_loss"] < plain["valid_loss"] / 1.5
+    first, second = (row for row in read_metrics(tmp_path / "started" / "metrics.jsonl") if "valid/loss" in row)
+    assert first["step"] == 0 and first["valid/regression_strength"] in STRENGTHS
+    assert second["valid/loss"] == pytest.approx(first["valid/loss"], rel=1e-4), "training begins with these weights"
+
+
+def test_head_that_sees_deviations_is_trained_saved_and_scored(inputs, tmp_path):
+    config = config_of(inputs, tmp_path / "run", head={"pooling": "mean_std", "start": "regression"})
+    finetune.run(config, quiet=True)
+    facts = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    weights = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert facts["pooling"] == "mean_std" and weights["head.weight"].shape == (2, 2 * facts["model"]["width"])
 
 
 def test_layers_learn_less_the_further_down_they_are(inputs, tmp_path):
@@ -156,9 +170,6 @@ def test_run_ends_when_validation_gets_no_better_and_says_at_which_epoch(inputs,
     assert len([row for row in read_metrics(tmp_path / "ended" / "metrics.jsonl") if "valid/acc" in row]) == 4
     whole = finetune.run(config_of(inputs, tmp_path / "whole", train={"epochs": 5}, **still), quiet=True)
     assert (whole["best_epoch"], whole["last_epoch"]) == (1, 5)
-    begun = {"epochs": 9, "patience": 2, "frozen_epochs": 4}
-    frozen = finetune.run(config_of(inputs, tmp_path / "frozen", train=begun, **still), quiet=True)
-    assert (frozen["best_epoch"], frozen["last_epoch"]) == (1, 6), "what is only begun goes on with the whole model"
 
 
 # ---------------------------------------------------------------------------------------------------------- model choice
