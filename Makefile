@@ -11,7 +11,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 # one process a core, up to four: more would meet the time limits of tests that start two ranks or a cluster themselves
-# files in their own order: tests/integration, the long ones, come before tests/unit, and both processes end together
+# files in their own order: tests/integration, the long ones, come before tests/unit, and all processes end together
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 # The extra `bench`, without what the peers ask for besides: it is here already, or not needed.

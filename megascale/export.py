@@ -310,10 +310,10 @@ def _load(model: Any, kept: Kept) -> Any:
 
 @torch.inference_mode()
 def embed_clips(encoder: GlobalEncoder, clips: Sequence[StoredClip], batch: int = 16) -> np.ndarray:
-    """Return each clip's mean over frames of the global encoder, (N, D) float32: what a classifier's last layer sees
-    (of `head.pooling=mean_std`, its first half).
+    """Return each clip's mean over frames of the global encoder, (N, D) float32: what a classifier's last layer sees.
 
-    Clips of like length share a forward pass, as they do when fine-tuning scores.
+    (With `head.pooling=mean_std`, the first half of that.) Clips of like length share a forward pass, as they do when
+    fine-tuning scores.
     """
     device = next(encoder.parameters()).device
     order = sorted(range(len(clips)), key=lambda i: (clips[i].codes_QT.shape[1], i))

@@ -23,7 +23,7 @@ from megascale.tokens import CODEBOOK_SIZE
 
 _COMPILED_VERSIONS = 64  # torch's own limit is 8, and beyond it a block runs eager
 _CODE_STD = 0.2  # of the codes' embeddings; everything else starts at INIT_STD or below
-_TINY_VARIANCE = 1e-6  # a feature that never changes has a gradient, too
+_TINY_VARIANCE = 1e-6  # a feature that never changes has a finite gradient, too
 
 
 class MaskedTokenOutput(NamedTuple):

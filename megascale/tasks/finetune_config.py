@@ -103,6 +103,14 @@ class FinetuneConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_whole(self) -> "FinetuneConfig":
+        if self.zero.stage == 3:
+            raise ValueError(
+                "zero.stage=3 shards weights over ranks, and fine-tuning runs on one process; take 0, 1 or 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _test_folder_is_used(self) -> "FinetuneConfig":
         if self.data.test_url is not None and self.task.protocol != "official":
             raise ValueError(f"data.test_url is for task.protocol=official; {self.task.protocol} divides data.url")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megascale.data.loader import Batch
 from megascale.downstream.protocols import SURE
 from megascale.downstream.scores import average_windows, score, score_labels
-from megascale.log import MetricLog
+from megascale.log import MetricLog, Progress
 from megascale.model.mega_audioformer import AudioClassifier
 from megascale.tasks.finetune_config import FinetuneConfig
 from megascale.tasks.finetune_data import Batches, LabelledClips
@@ -43,9 +43,8 @@ class Trainer:
     def fit(self, quiet: bool) -> None:
         """Train what the arm lets learn; keep the weights best on validation."""
         config, layers = self._config, self._model.global_encoder.config.layers
-        log = MetricLog(self._path / "metrics.jsonl")
-        if config.head.start == "regression":
-            log.write(0, self._start_classifier())
+        log = MetricLog(self._path / "metrics.jsonl", resume_step=-1)  # a run that was stopped begins again
+        regression = self._start_classifier(quiet) if config.head.start == "regression" else {}
         if config.arm == "probe":
             self._model.global_encoder.requires_grad_(False)
         decay = config.optim.layer_decay if config.arm in ("ft", "ft_aug") else 1.0
@@ -59,6 +58,8 @@ class Trainer:
             num_steps,
             rate_share=lambda name: rate_share(name, layers, decay),
         )
+        if regression:
+            log.write(0, self._validate(0) | regression)
         fit(
             self._engine,
             self._batches.train(),
@@ -78,40 +79,44 @@ class Trainer:
         patience = self._config.train.patience
         return patience is not None and self._last_epoch - self._best_epoch >= patience
 
-    def _start_classifier(self) -> dict[str, float]:
+    def _start_classifier(self, quiet: bool) -> dict[str, float]:
         """Set the linear layer by logistic regression on whole windows, with the penalty that is best on validation."""
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train_NK, train_clips = self._pooled(self._data.splits["train"])
-        valid_NK, valid_clips = self._pooled(self._data.splits["valid"])
+        train, valid = self._data.splits["train"], self._data.splits["valid"]
+        progress = Progress("" if quiet else "logistic regression", len(train) + len(valid), unit="clips")
+        train_NK, train_clips = self._pooled(train, progress)
+        valid_NK, valid_clips = self._pooled(valid, progress)
         targets = torch.from_numpy(self._batches.targets[train_clips]).to(train_NK.device)
-        metrics: dict[str, float] = {}
+        best, chosen = None, STRENGTHS[0]
         for strength in STRENGTHS:
-            weight_CD, bias_C = fit_linear(train_NK, targets, len(self._data.classes), strength)
-            rating = self._rate(self._probabilities(F.linear(valid_NK, weight_CD, bias_C)), valid_clips)
-            if self._is_best(rating):
-                head = {"weight": weight_CD, "bias": bias_C}
-                self._model.head.load_state_dict(head)
-                self._keep(rating, self._model)
-                metrics = self._metrics(rating) | {"valid/regression_strength": strength}
-        return metrics
+            weight_CK, bias_C = fit_linear(train_NK, targets, len(self._data.classes), strength)
+            rating = self._rate(self._probabilities(F.linear(valid_NK, weight_CK, bias_C)), valid_clips)
+            if best is None or rating > best:
+                best, chosen = rating, strength
+                self._model.head.load_state_dict({"weight": weight_CK, "bias": bias_C})
+        progress.close(f"strength {chosen:g}")
+        return {"valid/regression_strength": chosen}
 
     @torch.no_grad()
-    def _pooled(self, members: list[int]) -> tuple[Tensor, list[int]]:
+    def _pooled(self, members: list[int], progress: Progress) -> tuple[Tensor, list[int]]:
         """Return what the linear layer sees of each window, (N, K), and the clips in that order."""
         clips: list[int] = []
         parts = []
+        done = progress.done
         for chosen, batch in self._batches.whole(members):
             inputs = {name: value.to(self._model.head.weight.device) for name, value in batch.items()}
             parts.append(self._model.pool(**inputs))
             clips += chosen
+            progress.update(done + len(clips))
         return torch.cat(parts), clips
 
     def _validate(self, steps: int) -> dict[str, float]:
         rating = self._rate(*self._predict(self._data.splits["valid"]))
         self._last_epoch = steps // self._batches.per_epoch
-        if self._is_best(rating):
-            self._keep(rating, self._engine.module)
-        return self._metrics(rating)
+        if self._best is None or rating > self._best:
+            self._best, self._best_epoch = rating, self._last_epoch
+            self.best_weights = {k: v.detach().clone() for k, v in self._engine.module.state_dict().items()}
+        return {"valid/loss": -rating[1], "valid/map" if self._multi else "valid/acc": rating[0]}
 
     def _rate(self, probabilities_NC: np.ndarray, clips: list[int]) -> tuple[float, float]:
         """Return (accuracy or mAP, negative loss) over recordings: greater is better."""
@@ -123,16 +128,6 @@ class Trainer:
             merit = float((probabilities_RC.argmax(axis=1) == targets_R).mean())
             sure_RC = probabilities_RC[np.arange(len(targets_R)), targets_R]
         return merit, float(np.log(np.maximum(sure_RC, _TINY)).mean())
-
-    def _is_best(self, rating: tuple[float, float]) -> bool:
-        return self._best is None or rating > self._best
-
-    def _keep(self, rating: tuple[float, float], model: nn.Module) -> None:
-        self._best, self._best_epoch = rating, self._last_epoch
-        self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    def _metrics(self, rating: tuple[float, float]) -> dict[str, float]:
-        return {"valid/loss": -rating[1], "valid/map" if self._multi else "valid/acc": rating[0]}
 
     def _probabilities(self, logits_NC: Tensor) -> np.ndarray:
         logits_NC = logits_NC.float()

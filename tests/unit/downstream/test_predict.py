@@ -1,6 +1,8 @@
 """`.ecdc` in, label out: what the model is given, which files can be read, and that a clip's answer is its own."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from megascale.data.index import CodecFacts
 from megascale.downstream.inputs import Clip, Failure, Inputs, Source
 from megascale.downstream.predict import Predictor, _starts
 from megascale.errors import CheckpointError, MegascaleError
+from megascale.export import AudioClassifier
 from megascale.train import checkpoint
 
 CODEC = CodecFacts(name=NAME, fingerprint=FINGERPRINT, origin="test", num_codebooks=16)
@@ -71,6 +74,20 @@ def test_answers_are_those_of_the_fine_tuned_model_bit_by_bit(tmp_path, one_thre
     assert np.ptp(probabilities_C) > 0.05, "first weights would give a third to each"
 
 
+def test_a_model_that_does_not_tell_its_pooling_takes_the_mean(tmp_path):
+    write_classifier(tmp_path / "told")
+    shutil.copytree(tmp_path / "told", tmp_path / "older")
+    config = json.loads((tmp_path / "older" / "config.json").read_text())
+    del config["pooling"]
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config))
+    codes_QT = draw_codes(90)
+    (told,), (older,) = (Predictor(str(tmp_path / name))([codes_QT], None) for name in ("told", "older"))
+    assert np.array_equal(told.probabilities_C, older.probabilities_C)
+    codes_1TQ = torch.from_numpy(codes_QT.T.astype(np.int64))[None]
+    read = [AudioClassifier.from_pretrained(tmp_path / name)(codes_1TQ) for name in ("told", "older")]
+    assert torch.equal(*read)
+
+
 def test_labels_that_can_come_together_have_chances_of_their_own(tmp_path):
     model = write_classifier(tmp_path / "model", 2, told={"task_kind": "multi"})
     codes_QT = draw_codes(90, 2)
@@ -82,9 +99,11 @@ def test_labels_that_can_come_together_have_chances_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 75, 750])
-@pytest.mark.parametrize("num_codebooks", [2, 16])
-def test_an_answer_does_not_depend_on_a_clips_neighbours_bit_by_bit(tmp_path, one_thread, frames, num_codebooks):
-    write_classifier(tmp_path / "model", num_codebooks)
+@pytest.mark.parametrize(("num_codebooks", "pooling"), [(2, "mean"), (2, "mean_std"), (16, "mean")])
+def test_an_answer_does_not_depend_on_a_clips_neighbours_bit_by_bit(
+    tmp_path, one_thread, frames, num_codebooks, pooling
+):
+    write_classifier(tmp_path / "model", num_codebooks, pooling=pooling)
     given = [draw_codes(length, num_codebooks, seed) for seed, length in enumerate([frames, 40, frames, 90, frames])]
     predictor = Predictor(str(tmp_path / "model"), batch=8)
     alone = [predictor([codes_QT], None)[0] for codes_QT in given]

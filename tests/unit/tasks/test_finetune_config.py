@@ -27,6 +27,10 @@ TREE = {
         ({"checkpoint": None}, "finetune: checkpoint is required for arm=ft"),
         ({"checkpoint": None, "arm": "probe"}, "finetune: checkpoint is required for arm=probe"),
         ({"train": {"patience": 0}}, "finetune.train.patience=0: Input should be greater than or equal to 1"),
+        (
+            {"zero": {"stage": 3}},
+            "finetune: zero.stage=3 shards weights over ranks, and fine-tuning runs on one process; take 0, 1 or 2",
+        ),
         ({"head": {"pooling": "max"}}, "finetune.head.pooling='max': Input should be 'mean' or 'mean_std'"),
         ({"optim": {"layer_decay": 1.5}}, "finetune.optim.layer_decay=1.5: Input should be less than or equal to 1"),
         ({"task": {"label": "genre", "kind": "multiple"}}, "finetune.task.kind='multiple': "),

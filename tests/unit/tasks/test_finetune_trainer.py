@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megascale import storage
 from megascale.config import validate
+from megascale.export import AudioClassifier
 from megascale.log import read_metrics
+from megascale.model import mega_audioformer
 from megascale.model.config import ModelConfig
-from megascale.model.mega_audioformer import AudioClassifier
 from megascale.seeding import torch_generator
 from megascale.tasks import finetune
 from megascale.tasks.finetune_config import FinetuneConfig
@@ -110,11 +111,21 @@ def test_layer_decay_is_for_what_is_pretrained(inputs, tmp_path):
 # ------------------------------------------------------------------------------- where it begins, and what the head sees
 
 
-@pytest.mark.parametrize("arm", ["scratch", "ft", "probe"])
 @pytest.mark.parametrize("tokens", ["easy", "tags"])
-def test_classifier_begins_as_a_logistic_regression_on_what_it_sees(inputs, tmp_path, arm, tokens):
+@pytest.mark.parametrize(
+    ("arm", "zero"),
+    [
+        ("scratch", {}),
+        ("ft", {}),
+        ("ft", {"stage": 1}),
+        ("ft", {"stage": 2, "precision": "bf16"}),
+        ("probe", {}),
+        ("probe", {"stage": 1, "precision": "bf16"}),
+    ],
+)
+def test_classifier_begins_as_a_logistic_regression_on_what_it_sees(inputs, tmp_path, arm, zero, tokens):
     """Without training to speak of, that alone tells the classes apart; random weights don't."""
-    sections: dict[str, Any] = {"arm": arm, "optim": {"lr": 1e-30}, "train": {"epochs": 1}}
+    sections: dict[str, Any] = {"arm": arm, "zero": zero, "optim": {"lr": 1e-30}, "train": {"epochs": 1}}
     if tokens == "tags":
         sections["task"] = {"label": "tags", "kind": "multi", "protocol": "official"}
     started = config_of(inputs, tmp_path / "started", tokens, head={"start": "regression"}, **sections)
@@ -125,15 +136,29 @@ def test_classifier_begins_as_a_logistic_regression_on_what_it_sees(inputs, tmp_
     assert result[name] >= 0.95 and result["valid_loss"] < plain["valid_loss"] / 1.5
     first, second = (row for row in read_metrics(tmp_path / "started" / "metrics.jsonl") if "valid/loss" in row)
     assert first["step"] == 0 and first["valid/regression_strength"] in STRENGTHS
-    assert second["valid/loss"] == pytest.approx(first["valid/loss"], rel=1e-4), "training begins with these weights"
+    assert second["valid/loss"] == first["valid/loss"] == result["valid_loss"], "training begins with these weights"
 
 
 def test_head_that_sees_deviations_is_trained_saved_and_scored(inputs, tmp_path):
     config = config_of(inputs, tmp_path / "run", head={"pooling": "mean_std", "start": "regression"})
     finetune.run(config, quiet=True)
-    facts = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    weights = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert facts["pooling"] == "mean_std" and weights["head.weight"].shape == (2, 2 * facts["model"]["width"])
+    model = AudioClassifier.from_pretrained(tmp_path / "run")
+    assert model.pooling == "mean_std" and model.head.in_features == 2 * model.global_encoder.config.width
+    data = open_clips(config)
+    scored = {row["recording"]: float(row[data.classes[0]]) for row in table(tmp_path / "run")}
+    for i in data.splits["test"]:
+        with torch.no_grad():
+            answer_1C = model(torch.from_numpy(data.clips[i].codes_QT.T.astype("int64"))[None]).softmax(dim=-1)
+        assert scored[data.clips[i].recording] == pytest.approx(float(answer_1C[0, 0]), abs=2e-4)  # told to four places
+    assert len(set(scored.values())) > 1
+
+
+def test_run_that_was_stopped_writes_each_step_once(inputs, tmp_path):
+    config = config_of(inputs, tmp_path / "run", head={"start": "regression"})
+    weights_by_epoch(config)  # trained, and no result
+    finetune.run(config, quiet=True)
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid/acc" in row]
+    assert steps == [0, 5, 10]
 
 
 def test_layers_learn_less_the_further_down_they_are(inputs, tmp_path):
@@ -150,7 +175,7 @@ def test_layers_learn_less_the_further_down_they_are(inputs, tmp_path):
 
 def test_rate_of_every_weight_falls_with_the_layers_above_it():
     shape = ModelConfig(layers=3, width=32, heads=2, mlp_width=64, local_layers=1, local_width=16, local_heads=1)
-    model = AudioClassifier(shape, 2, 3, torch_generator(0, "test"))
+    model = mega_audioformer.AudioClassifier(shape, 2, 3, torch_generator(0, "test"))
     depth = {"head": 0, "global_encoder.norm": 0, "global_encoder.blocks.2": 1, "global_encoder.blocks.1": 2}
     depth |= {"global_encoder.blocks.0": 3, "global_encoder.embedding": 4, "global_encoder.patch_proj": 4}
     for name, _ in model.named_parameters():
@@ -170,6 +195,11 @@ def test_run_ends_when_validation_gets_no_better_and_says_at_which_epoch(inputs,
     assert len([row for row in read_metrics(tmp_path / "ended" / "metrics.jsonl") if "valid/acc" in row]) == 4
     whole = finetune.run(config_of(inputs, tmp_path / "whole", train={"epochs": 5}, **still), quiet=True)
     assert (whole["best_epoch"], whole["last_epoch"]) == (1, 5)
+    begun = config_of(
+        inputs, tmp_path / "begun", train={"epochs": 9, "patience": 3}, head={"start": "regression"}, **still
+    )
+    ended = finetune.run(begun, quiet=True)
+    assert (ended["best_epoch"], ended["last_epoch"]) == (0, 3), "as it began it counts, too"
 
 
 # ---------------------------------------------------------------------------------------------------------- model choice

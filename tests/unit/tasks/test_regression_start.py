@@ -6,7 +6,24 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from megascale.tasks.regression_start import fit_linear
+from megascale.tasks.regression_start import STRENGTHS, fit_linear
+
+
+def test_single_precision_and_a_penalty_that_is_hardly_one_give_the_same_answers():
+    """What runs have: more features than windows, the strength at the end of the grid, one that jitters by roundings."""
+    rng = np.random.default_rng(1)
+    classes_N = np.arange(90) % 3
+    x_ND = (rng.normal(size=(90, 120)) + 2 * np.eye(3, 120)[classes_N]).astype(np.float32)
+    x_ND[:, 119] = 5 + 1e-7 * rng.normal(size=90)
+    x_ND, held_out_ND = x_ND[:60], x_ND[60:]
+    weight_CD, bias_C = fit_linear(torch.from_numpy(x_ND), torch.from_numpy(classes_N[:60]), 3, STRENGTHS[-1])
+    assert weight_CD.dtype == torch.float32
+    got_NC = torch.softmax(torch.from_numpy(held_out_ND) @ weight_CD.T + bias_C, dim=1).numpy()
+    scaler = StandardScaler().fit(x_ND[:, :119].astype(np.float64))
+    reference = LogisticRegression(C=STRENGTHS[-1], max_iter=10_000, tol=1e-8)
+    reference.fit(scaler.transform(x_ND[:, :119]), classes_N[:60])
+    expected_NC = reference.predict_proba(scaler.transform(held_out_ND[:, :119]))
+    np.testing.assert_allclose(got_NC, expected_NC, atol=1e-2)
 
 
 def draw(num_classes: int) -> tuple[np.ndarray, np.ndarray]:

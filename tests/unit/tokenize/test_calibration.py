@@ -137,7 +137,7 @@ def test_latents_follow_the_log_mel_spectrogram_of_sounds_that_were_not_in_the_s
         return drawn * norms
 
     monkeypatch.setattr(calibration, "_filters", noise)
-    assert explained(calibrate(sounds(0), num_codebooks=2, seed=0)) < 0.3, "the same of filters that are noise"
+    assert explained(calibrate(sounds(0), num_codebooks=2, seed=0)) < 0.3, "the same of filters that are noise (0.1)"
 
 
 def test_a_steady_tone_keeps_its_code(hearing_codec, dense_codec):
