@@ -44,6 +44,7 @@ class Fatal(gpu.Sizes):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_benchmark_of_a_gpu_tells_each_part_and_a_killed_process_costs_one_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "FOLDER", tmp_path)
     (tmp_path / "once").touch()

@@ -22,6 +22,7 @@ def local(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "audio", folder / "out"
 
 
+@pytest.mark.parametrize("server", ["moto", pytest.param("rclone", marks=pytest.mark.slow)], indirect=True)
 def test_a_bucket_gives_the_shards_of_a_local_disk(server, local):
     audio, reference = local
     fs = server.filesystem()
