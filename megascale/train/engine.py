@@ -1,5 +1,6 @@
 """DeepSpeed behind a few calls; the only file here that imports it."""
 
+import atexit
 import logging
 import math
 import os
@@ -48,8 +49,17 @@ def init_distributed() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not torch.distributed.is_initialized():
+        atexit.register(_leave_gloo)
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=_PATIENCE_SECONDS))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _leave_gloo() -> None:
+    """Join gloo's threads while Python is whole: one that still held an operation's tensors was seen to end a job by
+    SIGABRT in place of its exit code (pytorch issue 190489). It waits for no other rank; NCCL's would."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def make_deterministic() -> None:

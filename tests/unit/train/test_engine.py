@@ -1,5 +1,9 @@
 """The engine of one process under every ZeRO stage: averages of weights, and steps that are not finite."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -180,3 +184,18 @@ def test_weight_that_needs_no_gradient_stays_as_it_is(stage):
         frozen.train_step(step, batches(step), loss_fn)
     after = frozen.full_weights()
     assert {name for name in after if not torch.equal(after[name], before[name])} == {"second.weight", "second.bias"}
+
+
+def test_process_group_is_left_before_python_ends():
+    """Handlers at exit run in the order opposite to their registration, so that this one is called after ours."""
+    program = (
+        "import atexit, sys, torch\n"
+        "atexit.register(lambda: print('joined' if torch.distributed.is_initialized() else 'left', flush=True))\n"
+        "from megascale.train.engine import init_distributed\n"
+        "init_distributed()\n"
+        "assert torch.distributed.is_initialized()\n"
+        "sys.exit(2)\n"
+    )
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=alone)
+    assert (ended.returncode, ended.stdout) == (2, "left\n"), ended.stderr
