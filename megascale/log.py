@@ -62,7 +62,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "") -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._first, self.done = done, done
+        self._first, self._done = done, done
         self._start = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._every_seconds = 0.2 if self._terminal else 5.0
@@ -72,7 +72,7 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Say how many units are done in all, and what else belongs on the line."""
-        self.done, self._note = done, note
+        self._done, self._note = done, note
         now = time.monotonic()
         if self.title and rank() == 0 and now >= self._next:
             self._next = now + self._every_seconds
@@ -87,11 +87,11 @@ class Progress:
 
     def _line(self, note: str, now: float) -> str:
         elapsed = now - self._start
-        fresh = self.done - self._first
-        left = elapsed / fresh * (self.total - self.done) if fresh else math.inf
-        ends = f"{duration(elapsed)} taken" if self.done >= self.total else f"{duration(left)} left"
-        share = 100 * self.done / max(1, self.total)
-        count = f"{self.done}/{self.total}{' ' + self.unit if self.unit else ''}"
+        fresh = self._done - self._first
+        left = elapsed / fresh * (self.total - self._done) if fresh else math.inf
+        ends = f"{duration(elapsed)} taken" if self._done >= self.total else f"{duration(left)} left"
+        share = 100 * self._done / max(1, self.total)
+        count = f"{self._done}/{self.total}{' ' + self.unit if self.unit else ''}"
         return f"{self.title}  {share:3.0f}%  {count}  {ends}{'  ' + note if note else ''}"
 
     def _write(self, line: str) -> None:

@@ -44,7 +44,7 @@ class Trainer:
         """Train what the arm lets learn; keep the weights best on validation."""
         config, layers = self._config, self._model.global_encoder.config.layers
         log = MetricLog(self._path / "metrics.jsonl", resume_step=-1)  # a run that was stopped begins again
-        regression = self._start_classifier(quiet) if config.head.start == "regression" else {}
+        strength = self._start_classifier(quiet) if config.head.start == "regression" else None
         if config.arm == "probe":
             self._model.global_encoder.requires_grad_(False)
         decay = config.optim.layer_decay if config.arm in ("ft", "ft_aug") else 1.0
@@ -58,8 +58,8 @@ class Trainer:
             num_steps,
             rate_share=lambda name: rate_share(name, layers, decay),
         )
-        if regression:
-            log.write(0, self._validate(0) | regression)
+        if strength is not None:
+            log.write(0, self._validate(0) | {"valid/regression_strength": strength})
         fit(
             self._engine,
             self._batches.train(),
@@ -79,35 +79,34 @@ class Trainer:
         patience = self._config.train.patience
         return patience is not None and self._last_epoch - self._best_epoch >= patience
 
-    def _start_classifier(self, quiet: bool) -> dict[str, float]:
-        """Set the linear layer by logistic regression on whole windows, with the penalty that is best on validation."""
+    def _start_classifier(self, quiet: bool) -> float:
+        """Set the linear layer by logistic regression on whole windows; return the strength that is best on validation."""
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train, valid = self._data.splits["train"], self._data.splits["valid"]
-        progress = Progress("" if quiet else "logistic regression", len(train) + len(valid), unit="clips")
-        train_NK, train_clips = self._pooled(train, progress)
-        valid_NK, valid_clips = self._pooled(valid, progress)
+        train_NK, train_clips = self._pooled("train", quiet)
+        valid_NK, valid_clips = self._pooled("valid", quiet)
         targets = torch.from_numpy(self._batches.targets[train_clips]).to(train_NK.device)
-        best, chosen = None, STRENGTHS[0]
+        fits = []
         for strength in STRENGTHS:
             weight_CK, bias_C = fit_linear(train_NK, targets, len(self._data.classes), strength)
             rating = self._rate(self._probabilities(F.linear(valid_NK, weight_CK, bias_C)), valid_clips)
-            if best is None or rating > best:
-                best, chosen = rating, strength
-                self._model.head.load_state_dict({"weight": weight_CK, "bias": bias_C})
-        progress.close(f"strength {chosen:g}")
-        return {"valid/regression_strength": chosen}
+            fits.append((rating, strength, {"weight": weight_CK, "bias": bias_C}))
+        _, strength, head = max(fits, key=lambda fit: fit[0])
+        self._model.head.load_state_dict(head)
+        return strength
 
     @torch.no_grad()
-    def _pooled(self, members: list[int], progress: Progress) -> tuple[Tensor, list[int]]:
-        """Return what the linear layer sees of each window, (N, K), and the clips in that order."""
+    def _pooled(self, side: str, quiet: bool) -> tuple[Tensor, list[int]]:
+        """Return what the linear layer sees of each window of a split, (N, K), and the clips in that order."""
+        members = self._data.splits[side]
+        progress = Progress("" if quiet else f"features for the regression, {side}", len(members), unit="clips")
         clips: list[int] = []
         parts = []
-        done = progress.done
         for chosen, batch in self._batches.whole(members):
             inputs = {name: value.to(self._model.head.weight.device) for name, value in batch.items()}
             parts.append(self._model.pool(**inputs))
             clips += chosen
-            progress.update(done + len(clips))
+            progress.update(len(clips))
+        progress.close()
         return torch.cat(parts), clips
 
     def _validate(self, steps: int) -> dict[str, float]:
