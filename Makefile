@@ -11,6 +11,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 # one process a core, up to four: more would meet the time limits of tests that start two ranks or a cluster themselves
+# and a thread each: two processes of two threads wait for each other on two cores
 # files in their own order: tests/integration, the long ones, come before tests/unit, and all processes end together
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
@@ -35,7 +36,7 @@ quickstart: $(INSTALLED) ## audio to a table of classifiers on a small corpus; D
 	$(PY) launch/quickstart.py configs/quickstart/small.yaml 'output.url="$(OUT)"' $(if $(DATA),'data="$(DATA)"') $(ARGS)
 
 test: $(INSTALLED) ## every test but the slow ones (about 27 minutes on two cores)
-	$(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED) ## every test
 	$(PY) -m pytest $(ARGS)

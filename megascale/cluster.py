@@ -28,7 +28,12 @@ def start_ray() -> Any:
         # Ray's handler exits from wherever it is called, and Python drops that in some callbacks: the signal is lost
         ray._private.utils.set_sigterm_handler = lambda handler: None
         if not ray.is_initialized():
-            ray.init(logging_level=logging.ERROR, runtime_env={"worker_process_setup_hook": _enter(os.getcwd())})
+            # a cluster has its own dashboard; for one job on one machine it is ten more processes
+            ray.init(
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+                runtime_env={"worker_process_setup_hook": _enter(os.getcwd())},
+            )
         if stop.asked:
             signal.alarm(0)  # by which Ray's core, if it met the signal too, would abort this process 3 s later
         stop.check()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.manifold import TSNE
 
 from megascale import seeding
 from megascale.data.index import StoredClip, read_clips, read_manifest
@@ -39,6 +38,8 @@ def embedding_maps(
     Raises:
         CheckpointError, DataError: a checkpoint or a token folder cannot be read.
     """
+    from sklearn.manifold import TSNE  # takes a second to import
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     maps = []
     for kbps, checkpoint in checkpoints.items():

@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from megascale.downstream.scores import score
 from megascale.spectrogram import MELS, log_mel_blocks
@@ -64,6 +61,10 @@ def logistic_regression(
     Returns:
         As `scores.score`, and the chosen strength `C`.
     """
+    from sklearn.linear_model import LogisticRegression  # takes a second to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     fits = []
     for strength in _STRENGTHS:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))

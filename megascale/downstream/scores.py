@@ -9,13 +9,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    average_precision_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 
 
 def average_windows(
@@ -47,14 +40,16 @@ def score(targets_R: np.ndarray, predicted_R: np.ndarray, classes: list[str]) ->
     Macro-F1 is the mean over the classes that occur in the test set: NSynth's `synth_lead` has no test clip and would
     otherwise count as a failure of every model. Predictions of an absent class still cost the true one.
     """
+    from sklearn import metrics  # takes a second to import
+
     present = sorted(set(targets_R.tolist()))
     numbers = list(range(len(classes)))
-    precision, recall, f1, support = precision_recall_fscore_support(
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
         targets_R, predicted_R, labels=numbers, zero_division=0
     )
     return {
         "accuracy": float((targets_R == predicted_R).mean()),
-        "macro_f1": float(f1_score(targets_R, predicted_R, labels=present, average="macro", zero_division=0)),
+        "macro_f1": float(metrics.f1_score(targets_R, predicted_R, labels=present, average="macro", zero_division=0)),
         "count": len(targets_R),
         "chance": float(np.bincount(targets_R).max() / len(targets_R)),
         "per_class": {
@@ -66,7 +61,7 @@ def score(targets_R: np.ndarray, predicted_R: np.ndarray, classes: list[str]) ->
             }
             for i, name in enumerate(classes)
         },
-        "confusion": confusion_matrix(targets_R, predicted_R, labels=numbers).tolist(),
+        "confusion": metrics.confusion_matrix(targets_R, predicted_R, labels=numbers).tolist(),
         "classes": classes,
     }
 
@@ -87,13 +82,15 @@ def score_labels(targets_RC: np.ndarray, probabilities_RC: np.ndarray, classes: 
     some have and some have not. d' = sqrt(2) x Phi^-1(mean AUC); it has no bound, and is None where the AUC is 1 or 0,
     as the AUC is where no class has both. (Hershey et al. 2017, arXiv:1609.09430, section 3.3)
     """
+    from sklearn import metrics  # takes a second to import
+
     per_class: dict[str, dict[str, Any]] = {}
     for name, target_R, probability_R in zip(classes, targets_RC.T > 0, probabilities_RC.T, strict=True):
         count = int(target_R.sum())
         divided = 0 < count < len(target_R)
         per_class[name] = {
-            "ap": float(average_precision_score(target_R, probability_R)) if count else None,
-            "auc": float(roc_auc_score(target_R, probability_R)) if divided else None,
+            "ap": float(metrics.average_precision_score(target_R, probability_R)) if count else None,
+            "auc": float(metrics.roc_auc_score(target_R, probability_R)) if divided else None,
             "count": count,
         }
     precisions, areas = ([row[key] for row in per_class.values() if row[key] is not None] for key in ("ap", "auc"))

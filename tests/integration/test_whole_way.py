@@ -85,7 +85,7 @@ def test_own_folder_is_classified_by_its_sub_folders_and_lies_beside_what_was_ma
     write_tones(mine, 30, seconds=1.0)
     write_damaged(mine)
     before = (made[0] / "summary.json").read_bytes()
-    own = [f'data="{mine}"', f"output.url={made[0]}"]
+    own = [f'data="{mine}"', f"output.url={made[0]}", "ranks=1"]
     printed = run(command("quickstart.py", "configs/quickstart/smoke.yaml", *own), exit_code=3)
     assert (
         "QuarantineExceeded: " in printed.splitlines()[-1] and "5 of 39 clips quarantined" in printed.splitlines()[-1]
