@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import fsspec
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 # botocore's settings for one request; connecting is part of none of them, so it has its own limit
 REQUEST = {"connect_timeout": 10, "read_timeout": 15, "retries": {"mode": "standard", "total_max_attempts": 3}}
-_ATTEMPTS = 5
+ATTEMPTS = ContextVar("attempts", default=5)  # of a whole call; who waits for an answer may set fewer
 _PAUSE_SECONDS = 1.0  # before the second attempt, then twice as long each time
 _MAY_PASS = {errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT}
 _MAY_PASS |= {getattr(errno, "EREMOTEIO", errno.EIO)}  # as s3fs translates S3's InternalError
@@ -49,7 +50,8 @@ def call_store(url: str, fs: fsspec.AbstractFileSystem, path: str, call: Callabl
     """
     if "s3" in fs.protocol:
         fs.retries = 1
-    for attempt in range(1, _ATTEMPTS + 1):
+    attempts = ATTEMPTS.get()
+    for attempt in range(1, attempts + 1):
         try:
             return call()
         except (FileExistsError, MegascaleError):  # the second: Stopped, which a signal's handler raises anywhere
@@ -58,7 +60,7 @@ def call_store(url: str, fs: fsspec.AbstractFileSystem, path: str, call: Callabl
             raise StorageError(f"{url}: no such file") from None
         except Exception as raised:  # a store's library raises its own types: botocore's are not even OSErrors
             failure = _with_reason(fs, path, raised)
-            last = attempt == _ATTEMPTS
+            last = attempt == attempts
             if _code(failure) in _BAD_KEYS:
                 if last or not _renew_credentials(fs):
                     raise CredentialsError(

@@ -62,6 +62,13 @@ def local_path(url: str) -> Path:
     return Path(url.removeprefix("file://"))
 
 
+def endpoint(url: str) -> str | None:
+    """Return the URL of the server that answers for an S3 URL, as the store's library finds it; None for other URLs."""
+    if not url.startswith("s3://"):
+        return None
+    return _remote(url, lambda fs, path: str(cast(Any, fs).s3.meta.endpoint_url))
+
+
 def join(url: str, *parts: str) -> str:
     """Append path parts to a URL or a local path."""
     return "/".join([url.rstrip("/"), *parts])
@@ -351,6 +358,14 @@ def delete(url: str) -> None:
         return
     path = local_path(url)
     _told(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
+
+
+def delete_file(url: str) -> None:
+    """Delete one file with one request, which needs no leave to look for it. Raises StorageError where it is refused."""
+    if is_local(url):
+        _told(url, local_path(url).unlink)
+    else:
+        _remote(url, lambda fs, path: fs.rm_file(path))
 
 
 def remove_leftovers(url: str) -> None:

@@ -91,6 +91,16 @@ def test_what_could_be_written_is_found_out_and_nothing_stays(tmp_path):
         storage.check_writable("nonsense://bucket/x")
 
 
+def test_one_file_is_deleted_and_no_other(tmp_path):
+    for folder in (str(tmp_path), f"memory:/{tmp_path}"):
+        for name in ("x", "y"):
+            storage.publish_bytes(f"{folder}/{name}", b"1")
+        storage.delete_file(f"{folder}/x")
+        assert storage.sizes(folder) == {"y": 1}
+    with pytest.raises(StorageError, match=f"^{tmp_path}/x: no such file$"):
+        storage.delete_file(str(tmp_path / "x"))
+
+
 def test_failed_write_keeps_the_old_file(tmp_path):
     url = str(tmp_path / "x")
     storage.publish_bytes(url, b"old")
