@@ -1,0 +1,139 @@
+"""`megascale doctor` and S3: what keys may not do is told by name, and a bucket is left as it was."""
+
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import boto3
+import fsspec
+import pytest
+from conftest import run
+from fault_proxy import FaultProxy
+from s3_servers import KEYS, Server, keys_in_environment, moto
+
+from megascale.doctor_services import check_storage
+from megascale.storage import StorageConfig, configure
+
+
+def doctor(*arguments: str) -> list[str]:
+    """Return the command line, without the ranks, which have tests of their own."""
+    return [sys.executable, "-m", "megascale", "doctor", "--ranks", "0", "--disk-gb", "0", *arguments]
+
+
+def lines_of(printed: str, name: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.split()[1] == name]
+
+
+def test_bucket_is_written_to_and_left_as_it_was(server):
+    fs = server.filesystem()
+    fs.pipe_file("bucket/doctor/kept", b"kept")
+    before = fs.find("bucket")
+    urls = ["--storage", "s3://bucket", "--storage", "s3://bucket/doctor/", "--storage", "s3://bucket/new/prefix"]
+    printed = run(doctor(*urls, "--endpoint-url", server.endpoint))
+    assert [line[:5] for line in lines_of(printed, "storage")] == ["ok   "] * 3
+    assert [line[:5] for line in lines_of(printed, "clock")] == ["ok   "]
+    assert fs.find("bucket") == before == ["bucket/doctor/kept"]
+
+
+def test_bucket_that_is_not_there_fails_by_name(server):
+    printed = run(doctor("--storage", "s3://nobucket/x", "--endpoint-url", server.endpoint), exit_code=2)
+    (line,) = lines_of(printed, "storage")
+    assert line.startswith("FAIL  storage    s3://nobucket/x: cannot write: no such file -> make the bucket (aws s3 mb")
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Server]:
+    """moto, which looks at keys and what they may do when it is told to."""
+    with keys_in_environment(), moto() as started:
+        yield started
+
+
+@contextmanager
+def keys_that_may(server: Server, actions: Sequence[str], patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the keys of a new user who may do these things and no others."""
+    iam = boto3.client("iam", endpoint_url=server.endpoint)
+    user = "-".join(["may", *actions]).replace(":", "-")
+    iam.create_user(UserName=user)
+    key = iam.create_access_key(UserName=user)["AccessKey"]
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam.put_user_policy(UserName=user, PolicyName="may", PolicyDocument=policy)
+    use_keys(server, patch, key["AccessKeyId"], key["SecretAccessKey"])
+    check_keys(server, True)
+    try:
+        yield
+    finally:
+        check_keys(server, False)
+        use_keys(server, patch, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
+
+
+def use_keys(server: Server, patch: pytest.MonkeyPatch, access_key: str, secret: str) -> None:
+    patch.setenv("AWS_ACCESS_KEY_ID", access_key)
+    patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    configure(StorageConfig(endpoint_url=server.endpoint))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a session keeps the keys that it began with
+
+
+def check_keys(server: Server, on: bool) -> None:
+    after = b"0" if on else b"inf"  # so many more requests are let through unseen
+    headers = {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(f"{server.endpoint}/moto-api/reset-auth", after, headers)).close()
+
+
+ALL = ("s3:PutObject", "s3:ListBucket", "s3:GetObject", "s3:DeleteObject")
+
+
+@pytest.mark.parametrize("missing", range(4))
+def test_what_a_key_may_not_do_is_named(strict, monkeypatch, missing):
+    with keys_that_may(strict, [action for action in ALL if action != ALL[missing]], monkeypatch):
+        found = check_storage("s3://bucket/denied")
+    step = ("write", "list", "read", "delete")[missing]
+    assert found.state == "FAIL" and f"s3://bucket/denied: cannot {step}: permission denied" in found.found
+    assert ALL[missing] in found.fix
+    fs = strict.filesystem()
+    left = fs.find("bucket/denied")
+    assert len(left) == ("could not be deleted" in found.found) == (step == "delete")
+    if left:
+        fs.rm("bucket/denied", recursive=True)
+
+
+def test_key_that_may_do_all_of_it_is_ok(strict, monkeypatch):
+    with keys_that_may(strict, ALL, monkeypatch):
+        assert check_storage("s3://bucket/allowed").state == "ok"
+    assert strict.filesystem().find("bucket/allowed") == []
+
+
+@pytest.mark.parametrize(
+    ("access_key", "secret"), [("testkey", "wrong"), ("wrong", "testsecret")], ids=["wrong secret", "unknown key"]
+)
+def test_keys_that_the_store_does_not_know_are_told_and_never_printed(server, monkeypatch, access_key, secret):
+    if server.name == "moto":
+        pytest.skip("takes any keys; with its check on, see above")
+    use_keys(server, monkeypatch, access_key, secret)
+    found = check_storage("s3://bucket/x")
+    assert found.state == "FAIL" and "does not accept the credentials" in found.found
+    assert "AWS_ACCESS_KEY_ID" in found.fix and "testsecret" not in str(found)
+
+
+def test_no_keys_at_all_are_told(server, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    configure(StorageConfig(endpoint_url=server.endpoint))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    found = check_storage("s3://bucket/x")
+    assert found.state == "FAIL" and "Unable to locate credentials" in found.found and "AWS_PROFILE" in found.fix
+
+
+def test_store_that_only_fails_is_asked_as_often_as_one_request_is(strict):
+    """A job would ask five times as often, for minutes."""
+    with FaultProxy(strict.endpoint, share=1.0, kinds=("500",)) as proxy:
+        printed = run(doctor("--storage", "s3://bucket/x", "--endpoint-url", proxy.url), exit_code=2)
+        asked = sum(count for request, count in proxy.asked.items() if request.startswith("PUT "))
+    (line,) = lines_of(printed, "storage")
+    assert line.startswith("FAIL  storage    s3://bucket/x: cannot write: from the fault proxy")
+    assert "--endpoint-url" in line and asked == 3
