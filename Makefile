@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+IMAGE ?= cpu
+PYTHON_DIGEST ?=
 OUT ?= runs/quickstart
 ARGS ?=
 
@@ -14,11 +16,12 @@ PY := $(VENV)/bin/python
 # and a thread each: two processes of two threads wait for each other on two cores
 # files in their own order: tests/integration, the long ones, come before tests/unit, and all processes end together
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+RAY := $(patsubst ray==%,%,$(filter ray==%,$(shell cat constraints.txt)))
 INSTALLED := $(VENV)/.installed
 # The extra `bench`, without what the peers ask for besides: it is here already, or not needed.
 PEERS := transformers tokenizers megabyte-pytorch beartype
 
-.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train bench-load bench-predict bench-scale bench-gpu lint check format clean
+.PHONY: help install quickstart test test-all chaos bench-tokenize bench-train bench-load bench-predict bench-scale bench-gpu image lint check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +65,13 @@ bench-gpu: $(INSTALLED) ## what one GPU trains and tokenises a second, and where
 bench-train: $(INSTALLED) ## a training step beside a flat Transformer, ModernBERT and MEGABYTE (an hour)
 	$(PY) -m pip install --quiet --progress-bar off --no-deps -c constraints.txt $(PEERS)
 	$(PY) launch/bench.py train $(ARGS)
+
+# the image for CPUs is one of Linux, where pip's own index serves the CUDA build
+CPU_INDEX := --index-url https://download.pytorch.org/whl/cpu
+image: ## container image of k8s/; PYTHON_DIGEST=sha256:… pins its base, IMAGE=cuda is for GPUs
+	docker build --file k8s/Dockerfile --target $(IMAGE) --build-arg PYTHON_DIGEST=$(PYTHON_DIGEST) \
+	  --build-arg TORCH="$(TORCH)$(if $(filter cpu,$(IMAGE)), $(CPU_INDEX))" \
+	  --tag megascale:0.1.0-ray$(RAY)$(if $(filter cpu,$(IMAGE)),-cpu) .
 
 lint: $(INSTALLED) ## ruff, mypy
 	$(PY) -m ruff check .

@@ -20,6 +20,7 @@ from test_tokenize import wait_for
 
 from megascale.errors import CheckpointError
 from megascale.log import read_metrics
+from megascale.ports import free_port
 from megascale.train import checkpoint
 
 CURVE = Path(__file__).parent / "loss_curve.json"
@@ -114,6 +115,36 @@ def test_torchrun_gives_every_byte_of_the_deepspeed_launcher(tokens, straight, t
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     run([*torchrun, str(ROOT / "launch" / "pretrain.py"), *arguments(tokens, tmp_path / "run")])
     ours, theirs = (checkpoint.step_folder(run / "checkpoints", 6) for run in (tmp_path / "run", straight))
+    assert checkpoint.verify(ours).files == checkpoint.verify(theirs).files
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_machines_that_start_their_own_rank_give_every_byte_of_one_with_two(
+    tokens, straight, tmp_path, start, launcher
+):
+    """Both are this one, by two of its names; `deepspeed` without ssh, as the README has it."""
+    hosts = ("127.0.0.1", "localhost")
+    (tmp_path / "hostfile").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    rendezvous = {"master_addr": hosts[0], "master_port": str(free_port())}
+    nodes = []
+    for rank in range(2):
+        if launcher == "torchrun":
+            line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+            line += [f"--node-rank={rank}", *(f"--{key.replace('_', '-')}={word}" for key, word in rendezvous.items())]
+        else:
+            line = [
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                f"--hostfile={tmp_path / 'hostfile'}",
+                "--no_ssh",
+            ]
+            line += [f"--node_rank={rank}", *(f"--{key}={word}" for key, word in rendezvous.items())]
+        nodes.append(start([*line, str(ROOT / "launch" / "pretrain.py"), *arguments(tokens, tmp_path / "run")]))
+    told = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(text[-2000:] for text in told)
+    ours, theirs = (checkpoint.step_folder(run / "checkpoints", 6) for run in (tmp_path / "run", straight))
+    assert checkpoint.verify(ours).world_size == 2
     assert checkpoint.verify(ours).files == checkpoint.verify(theirs).files
 
 

@@ -8,8 +8,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,7 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray_nodes import processes, start_node, stop, wait_for_port
 from support import write_tones
 from test_table1_job import write_inputs
 from test_tokenize import SMOKE, hashes, same_codec, tokenize
@@ -41,6 +40,7 @@ class Cluster:
     python: Path  # of the nodes
     environment: dict[str, str]  # what a shell on a node, or a user's, holds
     nodes: list[subprocess.Popen]
+    port: int  # of the head
 
     def ray(self, *arguments: str, exit_code: int = 0, **variables: str) -> str:
         """Run the `ray` command in the checkout; return what it printed, or its output if that is JSON."""
@@ -61,9 +61,7 @@ class Cluster:
         return self.ray(*line, "python", f"launch/{script}", *arguments, exit_code=exit_code)
 
     def processes(self) -> list[psutil.Process]:
-        """Return every process of the nodes that still run."""
-        alive = [psutil.Process(node.pid) for node in self.nodes if node.poll() is None]
-        return [child for process in alive for child in process.children(recursive=True)]
+        return processes(self.nodes)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +81,14 @@ def cluster() -> Iterator[Cluster]:
     port, dashboard, client = (free_port() for _ in range(3))
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    made = Cluster(copy_checkout(folder / "checkout"), python, environment, [])
+    made = Cluster(copy_checkout(folder / "checkout"), python, environment, [], port)
     try:
         made.nodes.append(start_node(python, folder, environment, *head))
         wait_for_port(dashboard, made.nodes[0], folder / "nodes.log")
         made.nodes.append(start_node(python, folder, environment, f"--address=127.0.0.1:{port}"))
         yield made
     finally:
-        stop(made)
+        stop(made.nodes)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -104,40 +102,6 @@ def node_python(folder: Path) -> Path:
     asked = "import ray, importlib.util as u; raise SystemExit(u.find_spec('megascale') is not None)"
     assert subprocess.run([python, "-c", asked], cwd=folder, check=False).returncode == 0
     return python
-
-
-def start_node(python: Path, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
-    agents = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
-    ports = [f"--{name}-port={free_port()}" for name in agents]
-    common = ["--num-cpus=1", "--object-store-memory=100000000", "--block", f"--temp-dir={folder}/ray"]
-    line = [str(python), "-m", "ray.scripts.scripts", "start", *arguments, *common, *ports]
-    with (folder / "nodes.log").open("a") as log:
-        return subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for_port(port: int, node: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        assert node.poll() is None, f"the head did not start:\n{log.read_text()[-3000:]}"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the dashboard never came up")
-
-
-def stop(cluster: Cluster) -> None:
-    """End the nodes' processes and nothing else: `ray stop` would end every Ray on the machine."""
-    processes = cluster.processes()
-    for node in reversed(cluster.nodes):
-        node.terminate()
-    for node in cluster.nodes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            node.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -223,9 +187,30 @@ def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_p
     assert hashes(tmp_path / "out") == hashes(local[1])
 
 
-def is_worker(process: psutil.Process) -> bool:
+def test_node_that_is_lost_in_mid_job_costs_no_shard(cluster, local, tmp_path):
+    """Of a head and two workers, one with all its processes; what it was at is made elsewhere."""
+    address = f"--address=127.0.0.1:{cluster.port}"
+    lost = start_node(cluster.python, cluster.checkout.parent, cluster.environment, address)
+    cluster.nodes.append(lost)
+    wait_until(lambda: cluster.ray("status").count("node_") == 3)
+    cluster.submit("lost-node", SMOKE, *arguments(local, tmp_path / "out"), wait=False)
+    # Ray's title of a worker's process tells what it is at
+    worker = wait_until(lambda: next((p for p in processes([lost]) if is_worker(p, "ShardWorker.encode")), None))
+    worker.suspend()  # so that it is still at that shard when its machine goes
+    wait_until(lambda: list((tmp_path / "out").glob("tokens-*.json")))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    for process in processes([lost]):
+        process.kill()
+    lost.kill()
+    wait_until(lambda: (tmp_path / "out" / "manifest.json").exists())
+    wait_until(lambda: "succeeded" in cluster.ray("job", "status", "lost-node"))
+    assert hashes(tmp_path / "out") == hashes(local[1])
+    assert "worker died" in cluster.ray("job", "logs", "lost-node")
+
+
+def is_worker(process: psutil.Process, title: str = "ShardWorker") -> bool:
     with contextlib.suppress(psutil.Error):
-        return "ShardWorker" in "".join(process.cmdline())
+        return title in "".join(process.cmdline())
     return False
 
 

@@ -1,0 +1,429 @@
+"""What kubectl would apply: each object against its API's schema, each pod against `restricted`."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from manifests import (
+    OVERLAYS,
+    ROOT,
+    containers,
+    custom_schemas,
+    expand,
+    name,
+    one_pod,
+    pods,
+    render,
+    unkept,
+    unrestricted,
+)
+
+from megascale.config import load_config
+from megascale.downstream.table1_config import Table1Config
+from megascale.tasks.finetune_config import FinetuneConfig
+from megascale.tasks.pretrain_config import PretrainConfig
+from megascale.tokenize.plan import TokenizeConfig
+
+CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "networking.k8s.io/v1")
+NODES = {"local": (2, None), "aws": (2, 1), "gpu-8x8": (8, 8), "gpu-8x8-jobset": (8, 8)}  # and GPUs of each
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+@pytest.fixture(params=OVERLAYS)
+def objects(request):
+    return render(ROOT / "k8s" / "overlays" / request.param)
+
+
+@pytest.fixture(scope="module")
+def crds():
+    """Set by whoever has them: `kubectl kustomize 'https://github.com/ray-project/kuberay/ray-operator/config/crd'`, …"""
+    folder = os.environ.get("MEGASCALE_CRDS")
+    if folder is None:
+        pytest.skip("MEGASCALE_CRDS names no folder with the CustomResourceDefinitions of KubeRay, JobSet and Trainer")
+    return custom_schemas(Path(folder))
+
+
+def of_kind(objects, *kinds: str):
+    return [made for made in objects if made["kind"] in kinds]
+
+
+def one(objects, kind: str, named: str):
+    (found,) = (made for made in objects if (made["kind"], made["metadata"]["name"]) == (kind, named))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- schemas
+
+
+def test_core_objects_are_what_their_api_takes(objects):
+    core = [made for made in objects if made["apiVersion"] in CORE]
+    assert len(core) >= 14
+    for made in core:
+        kubernetes_validate.validate(made, "1.37", strict=True)
+    made = one(objects, "Job", "finetune")
+    made["spec"]["template"]["spec"]["containers"][0]["comand"] = ["python"]  # the negative control
+    with pytest.raises(kubernetes_validate.ValidationError, match="comand"):
+        kubernetes_validate.validate(made, "1.37", strict=True)
+
+
+def test_custom_objects_are_what_their_definitions_take(objects, crds):
+    custom = [made for made in objects if made["apiVersion"] not in CORE]
+    assert {made["kind"] for made in custom} in ({"RayJob", "JobSet"}, {"RayJob", "TrainJob", "TrainingRuntime"})
+    for made in custom:
+        schema = crds[made["apiVersion"], made["kind"]]
+        jsonschema.validate(made, schema)
+        made["spec"]["shutdownAfterJobFinish"] = True  # the negative control: a key misspelt
+        with pytest.raises(jsonschema.ValidationError, match="shutdownAfterJobFinish"):
+            jsonschema.validate(made, schema)
+
+
+def test_pods_of_custom_objects_are_what_the_core_api_takes(objects):
+    """A CRD may leave out what Kubernetes knows of a pod: each is held against the API as a pod of its own."""
+    found = [
+        (name(made), pod)
+        for made in of_kind(objects, "RayJob", "JobSet", "TrainingRuntime")
+        for path, pod in pods(made)
+    ]
+    assert len(found) >= 7
+    for named, pod in found:
+        made = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": pod}
+        try:
+            kubernetes_validate.validate(made, "1.37", strict=True)
+        except kubernetes_validate.ValidationError as wrong:
+            raise AssertionError(f"{named}: {wrong}") from wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------- pods
+
+
+def test_every_pod_is_restricted_and_has_what_it_needs(objects):
+    seen = 0
+    for made in objects:
+        for path, pod in pods(made):
+            seen += 1
+            assert unrestricted(pod) + unkept(pod) == [], f"{name(made)}{path}"
+    assert seen >= 8
+    for made in of_kind(objects, "RayJob"):  # the container that KubeRay puts into the head
+        scaler = made["spec"]["rayClusterSpec"]["autoscalerOptions"]
+        assert scaler["securityContext"]["readOnlyRootFilesystem"] and scaler["resources"].keys() == {
+            "requests",
+            "limits",
+        }
+        pod = {"securityContext": head(made)["securityContext"], "containers": [scaler | {"name": "autoscaler"}]}
+        assert unrestricted(pod) == []
+
+
+def head(rayjob):
+    return rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+def test_pod_without_a_security_context_is_found_out(objects):
+    """The negative control, object by object."""
+    for made in objects:
+        for path, pod in pods(made):
+            whole = pod.pop("securityContext")
+            assert any("runAsNonRoot" in wrong for wrong in unrestricted(pod)), f"{name(made)}{path}"
+            pod["securityContext"] = whole
+            for container in containers(pod):
+                own = container.pop("securityContext")
+                assert any("allowPrivilegeEscalation" in wrong for wrong in unrestricted(pod)), container["name"]
+                assert any("read-only" in wrong for wrong in unkept(pod)), container["name"]
+                container["securityContext"] = own
+            assert unrestricted(pod) == []
+
+
+def test_token_of_the_service_account_is_only_where_ray_scales(objects):
+    assert one(objects, "ServiceAccount", "megascale")["automountServiceAccountToken"] is False
+    for made in objects:
+        for path, pod in pods(made):
+            assert pod["serviceAccountName"] == "megascale"
+            assert pod["automountServiceAccountToken"] is (".headGroupSpec." in path), f"{name(made)}{path}"
+
+
+def test_secrets_are_only_referred_to(objects):
+    assert of_kind(objects, "Secret") == []
+    for made in objects:
+        for _, pod in pods(made):
+            for container in containers(pod):
+                for variable in container.get("env", []):
+                    assert not re.search("KEY|SECRET|TOKEN", variable["name"]) or "valueFrom" in variable
+                for source in container.get("envFrom", []):
+                    assert source.get("secretRef", {"optional": True})["optional"]
+    (settings,) = of_kind(objects, "ConfigMap")
+    assert not any(re.search("KEY|SECRET|PASSWORD", key) for key in settings["data"])
+
+
+def test_namespace_refuses_what_is_not_restricted(objects):
+    labels = one(objects, "Namespace", "megascale")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    namespaced = [made for made in objects if made["kind"] != "Namespace"]
+    assert {made["metadata"]["namespace"] for made in namespaced} == {"megascale"}
+
+
+# -------------------------------------------------------------------------------------------------- network, disruption
+
+
+def test_nothing_comes_in_or_goes_out_but_through_a_hole_that_somebody_needs(objects):
+    policies = {made["metadata"]["name"]: made["spec"] for made in of_kind(objects, "NetworkPolicy")}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    networks = {}
+    for made in of_kind(objects, "RayJob", "JobSet", "TrainingRuntime"):
+        for template in templates(made):
+            networks.setdefault(made["kind"], set()).add(template["metadata"]["labels"]["megascale/network"])
+    assert networks.pop("RayJob") == {"ray"} and list(networks.values()) == [{"ranks"}]
+    operator = policies["ray"]["ingress"][1]
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    # which both ways to install KubeRay's operator label it with
+    labelled = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
+    assert operator["from"] == [{"namespaceSelector": {}, "podSelector": labelled}]
+    for network in ("ray", "ranks"):
+        peer = {"podSelector": {"matchLabels": {"megascale/network": network}}}
+        spec = policies[network]
+        assert spec["podSelector"] == peer["podSelector"]
+        assert spec["ingress"][0] == {"from": [peer]} and spec["egress"] == [{"to": [peer]}]
+    assert all("ingress" not in policies[each] for each in ("names", "web", "default-deny"))
+
+
+def templates(node):
+    """Yield every pod template: what has metadata and a spec with containers."""
+    if isinstance(node, dict):
+        if isinstance(node.get("spec"), dict) and "containers" in node["spec"]:
+            yield node
+        for value in node.values():
+            yield from templates(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from templates(value)
+
+
+def test_a_drain_waits_for_heads_and_for_rank_0(objects):
+    budgets = {made["metadata"]["name"]: made["spec"] for made in of_kind(objects, "PodDisruptionBudget")}
+    assert all(spec["minAvailable"] == 1 for spec in budgets.values())
+    for made in of_kind(objects, "RayJob"):
+        wanted = budgets.pop(f"{made['metadata']['name']}-head")["selector"]["matchLabels"]
+        labels = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
+        assert wanted.items() <= (labels | {"ray.io/node-type": "head"}).items()
+    for made in of_kind(objects, "JobSet", "TrainJob"):
+        wanted = budgets.pop(f"{made['metadata']['name']}-rank-0")["selector"]["matchLabels"]
+        assert wanted == {
+            "jobset.sigs.k8s.io/jobset-name": made["metadata"]["name"],
+            "batch.kubernetes.io/job-completion-index": "0",
+        }
+    assert budgets == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_ray_jobs_end_their_clusters_and_keep_work_off_the_head(objects):
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    jobs = of_kind(objects, "RayJob")
+    assert {made["metadata"]["name"] for made in jobs} == {"tokenize", "table1"}
+    for made in jobs:
+        spec, cluster = made["spec"], made["spec"]["rayClusterSpec"]
+        assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] > 0 and spec["backoffLimit"] > 0
+        assert cluster["rayVersion"] == pinned and cluster["authOptions"] == {"mode": "token"}
+        assert cluster["enableInTreeAutoscaling"]
+        (workers,) = cluster["workerGroupSpecs"]
+        assert workers["minReplicas"] < workers["maxReplicas"]
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        images = {container["image"] for _, pod in pods(made) for container in containers(pod)}
+        assert len(images) == 1 and f"-ray{pinned}" in images.pop()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nodes_and_gpus_are_those_of_the_overlay(overlay):
+    objects = render(ROOT / "k8s" / "overlays" / overlay)
+    nodes, gpus = NODES[overlay]
+    asked = {}
+    for made in objects:
+        for _, pod in pods(made):
+            for container in containers(pod):
+                count = container["resources"]["limits"].get("nvidia.com/gpu")
+                asked[f"{name(made)} {container['name']}"] = count
+                tolerated = any(each["key"] == "nvidia.com/gpu" for each in pod.get("tolerations", []))
+                assert tolerated == (count is not None and gpus == 8), f"{name(made)} {container['name']}"
+    without = {key for key in asked if "ray-head" in key or "submitter" in key}
+    assert all((count is None) == (gpus is None or key in without) for key, count in asked.items())
+    ranks = str(gpus or 1)
+    for made in of_kind(objects, "TrainingRuntime"):
+        assert made["spec"]["mlPolicy"]["numNodes"] == nodes and asked[f"{name(made)} node"] == ranks
+    for made in of_kind(objects, "TrainJob"):
+        assert made["spec"]["trainer"]["numProcPerNode"] == int(ranks)
+    for made in of_kind(objects, "JobSet"):
+        job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+        said = {row["name"]: row.get("value") for row in job["template"]["spec"]["containers"][0]["env"]}
+        assert job["parallelism"] == job["completions"] == int(said["PET_NNODES"]) == nodes
+        assert said["PET_NPROC_PER_NODE"] == ranks and asked[f"{name(made)} node"] == (gpus and ranks)
+    images = {container["image"] for made in objects for _, pod in pods(made) for container in containers(pod)}
+    assert len(images) == 1 and images.pop().startswith("megascale:" if overlay == "local" else "000000000000.dkr.ecr.")
+    for made in of_kind(objects, "RayJob"):
+        assert made["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"] == {None: 2, 1: 8, 8: 64}[gpus]
+
+
+@pytest.mark.parametrize("overlay", [each for each in OVERLAYS if each != "local"])
+def test_a_role_takes_the_place_of_keys_on_eks(overlay):
+    objects = render(ROOT / "k8s" / "overlays" / overlay)
+    for made in objects:
+        for _, pod in pods(made):
+            assert all("secretRef" not in each for row in containers(pod) for each in row.get("envFrom", []))
+    assert "eks.amazonaws.com/role-arn" in one(objects, "ServiceAccount", "megascale")["metadata"]["annotations"]
+
+
+def test_object_store_of_ray_finds_room_in_shared_memory(objects):
+    """Ray takes 30% of a container's memory, at most 10 GB, and goes to the disk where /dev/shm has less."""
+    for made in of_kind(objects, "RayJob"):
+        for _, pod in pods(made):
+            for container in containers(pod):
+                shared = [row["emptyDir"] for row in pod["volumes"] if row["name"] == "shm"]
+                if container["name"] != "ray-job-submitter":
+                    memory = gib(container["resources"]["limits"]["memory"])
+                    assert gib(shared[0]["sizeLimit"]) >= min(0.3 * memory, 1e10 / 2**30)
+
+
+def gib(quantity: str) -> float:
+    return float(quantity.removesuffix("Gi"))
+
+
+def test_configs_that_the_commands_name_take_what_they_override(objects):
+    """Parsed by each job's own loader; the commands of `local` run in test_manifest_commands.py."""
+    (settings,) = (made["data"] for made in of_kind(objects, "ConfigMap"))
+    lines = [(FinetuneConfig, "finetune", one_pod(objects, "Job", "finetune").command(settings)[2:])]
+    for made in of_kind(objects, "TrainJob", "JobSet"):
+        told = settings | {"RUN": made["metadata"]["name"], "BITRATE_KBPS": "12"}
+        for key in ("PRETRAIN_1K5_CONFIG", "PRETRAIN_12K_CONFIG"):
+            words = [expand(word, told | {"PRETRAIN_CONFIG": settings[key]}) for word in command_of(made)]
+            lines.append((PretrainConfig, "pretrain", words[words.index("launch/pretrain.py") + 1 :]))
+    table = one(objects, "RayJob", "table1")["spec"]["entrypoint"]
+    lines.append((Table1Config, "table1", re.sub(r"\$(\w+)", lambda found: settings[found[1]], table).split()[2:]))
+    for kind in ("gtzan", "nsynth", "music_speech"):
+        words = [settings["TOKENIZE_CONFIG"], f"source.kind={kind}", f"source.url={settings['AUDIO_URL']}/{kind}"]
+        lines.append((TokenizeConfig, "tokenize", words))
+    lines.append((TokenizeConfig, "tokenize", [settings["TOKENIZE_CONFIG"], *settings["SOURCE"].split()]))
+    for schema, job, (path, *overrides) in lines:
+        load_config(schema, job, str(ROOT / path), overrides)
+
+
+def command_of(made):
+    if made["kind"] == "TrainJob":
+        return made["spec"]["trainer"]["command"]
+    return next(pod["containers"][0]["command"] for _, pod in pods(made))
+
+
+def test_a_pod_may_take_longer_to_stop_than_its_ranks_to_save(objects):
+    grace = {
+        name(made): pod["terminationGracePeriodSeconds"]
+        for made in of_kind(objects, "JobSet", "TrainingRuntime", "Job")
+        for _, pod in pods(made)
+    }
+    commands = [made["spec"]["trainer"]["command"] for made in of_kind(objects, "TrainJob")]
+    for made in of_kind(objects, "JobSet"):
+        commands += [container["command"] for _, pod in pods(made) for container in containers(pod)]
+    assert len(commands) == 2 and min(grace.values()) > 300
+    assert all("--shutdown-timeout=300" in line for line in commands)
+
+
+def test_jobset_says_what_the_trainer_would(tmp_path):
+    """The same command, the same pod and the same restarts at both bitrates, whoever starts the nodes."""
+    plain = render(ROOT / "k8s" / "base")
+    (tmp_path / "kustomization.yaml").write_text(
+        json.dumps(
+            {
+                "resources": [os.path.relpath(ROOT / "k8s" / "base", tmp_path.resolve())],
+                "components": [os.path.relpath(ROOT / "k8s" / "components" / "jobset", tmp_path.resolve())],
+            }
+        )
+    )
+    with_sets = render(tmp_path)
+    runtime = one(plain, "TrainingRuntime", "pretrain")["spec"]
+    (theirs,) = (pod for _, pod in pods(runtime))
+    assert of_kind(with_sets, "TrainJob", "TrainingRuntime") == []
+    for job in of_kind(plain, "TrainJob"):
+        made = one(with_sets, "JobSet", job["metadata"]["name"])
+        assert made["metadata"]["labels"] == job["metadata"]["labels"]
+        (ours,) = (pod for _, pod in pods(made))
+        trainer, container = job["spec"]["trainer"], ours["containers"][0]
+        assert container.pop("command") == trainer["command"]
+        said = {variable["name"]: variable for variable in container.pop("env")}
+        assert all(said[each["name"]] == each for each in trainer["env"] if each["name"] != "RUN")
+        rest = {each["name"] for each in theirs["containers"][0]["env"]} | {each["name"] for each in trainer["env"]}
+        assert {key for key in said if not key.startswith("PET_")} == rest
+        own = {key: value for key, value in theirs["containers"][0].items() if key != "env"}
+        assert container == own and ours | {"containers": []} == theirs | {"containers": []}
+        assert made["spec"]["failurePolicy"] == runtime["template"]["spec"]["failurePolicy"]
+        replicated, wanted = made["spec"]["replicatedJobs"][0], runtime["template"]["spec"]["replicatedJobs"][0]
+        assert replicated["name"] == wanted["name"] == "node"
+        nodes = runtime["mlPolicy"]["numNodes"]
+        assert int(said["PET_NPROC_PER_NODE"]["value"]) == trainer["numProcPerNode"]
+        job_spec = replicated["template"]["spec"]
+        assert job_spec["parallelism"] == job_spec["completions"] == int(said["PET_NNODES"]["value"]) == nodes
+        theirs_job = wanted["template"]["spec"]
+        assert {key: job_spec[key] for key in theirs_job if key != "template"} == {
+            key: theirs_job[key] for key in theirs_job if key != "template"
+        }
+
+
+@pytest.mark.parametrize("overlay", ["local", "aws"])
+def test_kueue_holds_every_job_back(tmp_path, overlay):
+    (tmp_path / "kustomization.yaml").write_text(
+        json.dumps(
+            {
+                "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / overlay, tmp_path.resolve())],
+                "components": [os.path.relpath(ROOT / "k8s" / "components" / "kueue", tmp_path.resolve())],
+            }
+        )
+    )
+    jobs = of_kind(render(tmp_path), "RayJob", "JobSet", "TrainJob", "Job")
+    assert len(jobs) == 5
+    for made in jobs:
+        assert made["metadata"]["labels"][QUEUE] == "megascale" and made["spec"]["suspend"] is True
+        elastic = made["metadata"].get("annotations", {}).get("kueue.x-k8s.io/elastic-job")
+        assert elastic == ("true" if made["kind"] == "RayJob" else None)
+
+
+def test_every_step_can_be_applied_alone(objects):
+    steps = {made["metadata"]["labels"]["app.kubernetes.io/component"] for made in objects}
+    assert steps == {"shared", "tokenize", "pretrain-1k5", "pretrain-12k", "finetune", "table1"}
+
+
+# --------------------------------------------------------------------------------------------------------------- image
+
+
+def stages() -> dict[str, str]:
+    text = re.sub(r"^#.*\n", "", (ROOT / "k8s" / "Dockerfile").read_text(), flags=re.M)
+    parts = re.split(r"^FROM (\S+)(?: AS (\S+))?$", text, flags=re.M)[1:]
+    return {parts[i + 1]: parts[i] + "\n" + parts[i + 2] for i in range(0, len(parts), 3)}
+
+
+def test_image_is_pinned_by_digest_runs_as_nobody_and_has_no_compiler_on_cpus():
+    made = stages()
+    (base,) = (stage for stage in made.values() if stage.startswith("$"))
+    assert base.startswith("${PYTHON_IMAGE}@${PYTHON_DIGEST}")
+    assert re.search(r"^ARG PYTHON_DIGEST$", (ROOT / "k8s" / "Dockerfile").read_text(), re.M), "it has no default"
+    for target in ("cpu", "cuda"):
+        stage, lineage = made[target], made[target]
+        while (parent := stage.split("\n")[0]) in made:
+            stage = made[parent]
+            lineage = stage + lineage
+        assert lineage.rstrip().endswith("USER 1000:1000")
+        assert bool(re.search(r"g\+\+|gcc|clang|build-essential|cmake", lineage)) == (target == "cuda")
+
+
+def test_build_context_holds_what_the_image_copies_and_nothing_else():
+    first, *rest = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    taken = {line[1:] for line in rest if line.startswith("!")}
+    assert first == "*" and taken <= {"configs", "launch", "megascale", "k8s"} | {
+        path.name for path in ROOT.glob("*.*") if path.is_file()
+    } | {"LICENSE"}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "k8s" / "Dockerfile").read_text(), re.M)
+    assert set(" ".join(copied).split()) - {"."} <= taken and {"launch", "configs", "k8s"} <= taken
+
+
+def test_python_of_the_image_is_one_that_the_project_takes():
+    version = re.search(r"python:(\d+)\.(\d+)", (ROOT / "k8s" / "Dockerfile").read_text()).groups()
+    least = re.search(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text()).groups()
+    assert tuple(map(int, version)) >= tuple(map(int, least))
