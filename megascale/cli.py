@@ -3,6 +3,7 @@
 A mistake of the user's is one line on stderr; anything else is a fault of the code and keeps its traceback.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 from megascale.config import S, describe_keys, load_config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded
 from megascale.log import rank, say
-from megascale.stopping import stop_on_signal
+from megascale.stopping import ignore_sigterm, stop_on_signal
 
+_RANKS_CODES = "MEGASCALE_EXIT_CODES"  # names a folder
 _EXIT_CODES = (
     "Exit codes: 0 done, 2 bad input, 3 finished with too many clips quarantined, 4 a loss or gradient is not finite, "
     "75 stopped by SIGTERM after saving."
@@ -48,7 +50,7 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
         if rank() == 0:
             report.write_pretrain_report(config.output.url, result)
 
-    return _main("pretrain", task.PretrainConfig, run, task.describe_plan, argv)
+    return _noted(_main("pretrain", task.PretrainConfig, run, task.describe_plan, argv))
 
 
 def finetune(argv: Sequence[str] | None = None) -> int:
@@ -150,8 +152,20 @@ def _main(
             run(config)
         return 0
     except MegascaleError as failure:
+        ignore_sigterm()  # a launcher that sees one rank end sends it to the others, and it would change their code
         _tell(failure)
         return failure.exit_code
+
+
+def _noted(exit_code: int) -> int:
+    """Leave this rank's exit code in the folder that MEGASCALE_EXIT_CODES names, if it is set; return the code.
+
+    Launchers end with a code of their own, so who starts them looks there. A rank that left none was killed or crashed.
+    """
+    if _RANKS_CODES in os.environ:
+        with contextlib.suppress(OSError):  # a full disk, say: a code that is missing there never says that all is well
+            Path(os.environ[_RANKS_CODES], f"rank-{rank():05d}").write_text(f"{exit_code}\n")
+    return exit_code
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,11 @@ def stop_on_signal() -> None:
         signal.signal(number, _raise_stopped)
 
 
+def ignore_sigterm() -> None:
+    """Let SIGTERM change nothing any more: right for a job whose end is decided."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # SIG_IGN would be handed down to processes started later
+
+
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     raise Stopped(f"stopped by {name}; what is finished stays, run the same command to go on")

@@ -57,6 +57,24 @@ def test_sigterm_and_ctrl_c_end_a_job_with_75(capsys, number):
     assert "run the same command to go on" in capsys.readouterr().err
 
 
+def test_sigterm_after_a_job_has_failed_changes_nothing(capsys):
+    """A launcher that sees one rank end sends it to all the others, some of which are about to end themselves."""
+    assert main(failing(DataError("gone"))) == 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert capsys.readouterr().err == "DataError: gone\n"
+
+
+def test_each_rank_of_pretraining_leaves_its_exit_code_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEGASCALE_EXIT_CODES", str(tmp_path))
+    for rank in ("0", "11"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.pretrain(["no-such-config.yaml"]) == 2
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"rank-00000": "2\n", "rank-00011": "2\n"}
+    monkeypatch.setenv("MEGASCALE_EXIT_CODES", str(tmp_path / "gone"))
+    assert cli.pretrain(["no-such-config.yaml"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_config_may_lie_in_a_folder_with_an_equals_sign(tmp_path):
     recipe = tmp_path / "lr=3" / "tiny.yaml"
     recipe.parent.mkdir()
