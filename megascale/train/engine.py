@@ -21,7 +21,7 @@ if not torch.accelerator.is_available():
 import deepspeed
 from torch import Tensor, nn
 
-from megascale.errors import CheckpointError, ConfigError, MegascaleError
+from megascale.errors import CheckpointError, ConfigError, MegascaleError, StorageError
 from megascale.ports import free_port
 from megascale.train.schedule import OptimConfig, lr_factor
 from megascale.train.zero import ZeroConfig, deepspeed_settings
@@ -293,10 +293,19 @@ class Engine:
             self._write_partitions(kept)
 
     def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files of this rank into `folder`; every rank must call it."""
-        self._engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=False
-        )
+        """Write DeepSpeed's files of this rank into `folder`; every rank must call it. Raises StorageError: a full disk."""
+        try:
+            self._engine.save_checkpoint(
+                str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=False
+            )
+        except (OSError, RuntimeError) as failure:
+            # torch's writer tells of its file, and not of the disk's reason; any other RuntimeError is a fault of ours
+            if isinstance(failure, RuntimeError) and "inline_container" not in str(failure):
+                raise
+            free_gb = shutil.disk_usage(folder.parent).free / 1e9
+            raise StorageError(
+                f"{folder}: cannot write ({free_gb:.2g} GB are free): {failure}".splitlines()[0]
+            ) from None
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at the same world size, or what `convert` made of it, at any.

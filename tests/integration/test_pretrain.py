@@ -282,6 +282,17 @@ def test_damaged_checkpoint_is_refused_by_name(tokens, tmp_path):
     assert f"{damaged}: its sha256 is not the one in manifest.json" in printed
 
 
+def test_checkpoint_that_cannot_be_written_ends_with_2_and_the_same_command_goes_on(tokens, tmp_path):
+    line = command("pretrain.py", *arguments(tokens, tmp_path / "run"))
+    printed = run(["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *line], exit_code=2)  # KiB; as a disk that is full
+    folder = checkpoint.step_folder(tmp_path / "run" / "checkpoints", 3)
+    assert printed.splitlines()[-1].startswith(f"StorageError: {folder}: cannot write (")
+    assert "Traceback" not in printed
+    assert checkpoint.committed(tmp_path / "run" / "checkpoints") == []
+    run(line)
+    assert checkpoint.verify(checkpoint.committed(tmp_path / "run" / "checkpoints")[-1]).step == 6
+
+
 def test_nan_on_one_rank_ends_all_with_4_before_the_update(tokens, tmp_path):
     program = tmp_path / "spoilt.py"
     program.write_text(
