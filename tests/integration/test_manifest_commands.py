@@ -156,6 +156,7 @@ def run_ranks(objects, name: str, home: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(text[-3000:] for text in printed)
 
 
+@pytest.mark.slow
 def test_audio_in_a_bucket_becomes_the_table_by_the_manifests_own_commands(stage, tmp_path):
     before = checkout()
     objects = stage.objects("tokenize")

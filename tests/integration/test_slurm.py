@@ -135,7 +135,14 @@ def test_job_that_slurm_stops_is_put_back_and_goes_on(slurm, tokens, tmp_path):
     assert not list(slurm.folder.glob("slurm-*"))
 
 
-@pytest.mark.parametrize("code", [0, 2, 4], ids=["done", "bad input", "NaN"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(0, id="done", marks=pytest.mark.slow),
+        pytest.param(2, id="bad input"),
+        pytest.param(4, id="NaN", marks=pytest.mark.slow),
+    ],
+)
 def test_job_that_ends_by_itself_is_not_put_back(slurm, tokens, tmp_path, code):
     if code == 4:
         program = slurm.folder / "launch" / "pretrain.py"
