@@ -22,22 +22,13 @@ from manifests import one_pod, render
 from ray_nodes import start_node, stop, wait_for_port
 from s3_servers import KEYS, Server, moto
 
-from megascale.corpora import CorpusSizes, write_corpora
+from megascale.config import load_config
+from megascale.corpora import write_corpora
 from megascale.ports import free_port
+from megascale.quickstart import QuickstartConfig
 from megascale.tokenize.plan import CODEC_FILE
 
-_SIZES = CorpusSizes(
-    pretrain_clips=24,
-    pretrain_seconds=2,
-    gtzan_per_genre=5,
-    gtzan_seconds=1,
-    nsynth_train_per_family=2,
-    nsynth_valid_per_family=1,
-    nsynth_test_per_family=1,
-    nsynth_seconds=0.5,
-    music_speech_per_class=5,
-    music_speech_seconds=1,
-)
+_SMOKE = load_config(QuickstartConfig, "quickstart", str(ROOT / "configs" / "quickstart" / "smoke.yaml"), [])
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ def stage(tmp_path_factory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("manifests")
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, which has kustomize built in, is not here")
-    write_corpora(folder / "audio", _SIZES, 0, 2)
+    write_corpora(folder / "audio", _SMOKE.corpus, 0, 2)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in KEYS.items():
             patch.setenv(name, value)
