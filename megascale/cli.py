@@ -15,7 +15,7 @@ from typing import Any
 from megascale.config import S, describe_keys, load_config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded
 from megascale.log import rank, say
-from megascale.stopping import ignore_sigterm, stop_on_signal
+from megascale.stopping import ignore_sigterm, note_signals, stop_on_signal
 
 _RANKS_CODES = "MEGASCALE_EXIT_CODES"  # names a folder
 _EXIT_CODES = (
@@ -26,6 +26,7 @@ _EXIT_CODES = (
 
 def tokenize(argv: Sequence[str] | None = None) -> int:
     """Audio to token shards."""
+    note_signals()
     from megascale import tokenize_report
     from megascale.tokenize import job, plan
 
@@ -42,6 +43,7 @@ def tokenize(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Token shards to a pretrained encoder."""
+    note_signals()
     from megascale import report
     from megascale.tasks import pretrain as task
 
@@ -55,6 +57,7 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 def finetune(argv: Sequence[str] | None = None) -> int:
     """A pretrained encoder, or new weights, to a classifier and its scores."""
+    note_signals()
     from megascale.tasks import finetune as task
 
     return _main("finetune", task.FinetuneConfig, task.run, task.describe_plan, argv)
@@ -62,6 +65,7 @@ def finetune(argv: Sequence[str] | None = None) -> int:
 
 def table1(argv: Sequence[str] | None = None) -> int:
     """Every task, arm and bitrate of the paper's Table 1."""
+    note_signals()
     from megascale.downstream import table1 as job
     from megascale.downstream.pool import CellJob
     from megascale.downstream.table import PAPER
@@ -88,6 +92,7 @@ def table1(argv: Sequence[str] | None = None) -> int:
 
 def watch(argv: Sequence[str] | None = None) -> int:
     """Downstream accuracy over the course of a pretraining run, while it goes on."""
+    note_signals()
     from megascale import watch_page
     from megascale.downstream import watch as job
     from megascale.downstream.pool import CellJob
@@ -107,6 +112,7 @@ def watch(argv: Sequence[str] | None = None) -> int:
 
 def predict(argv: Sequence[str] | None = None) -> int:
     """A model and compressed audio to labels and embeddings; its arguments are no config's."""
+    note_signals()
     from megascale import predict_command
 
     _quiet_libraries()
@@ -120,6 +126,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(argv: Sequence[str] | None = None) -> int:
     """The whole way on a small corpus, made here or your own."""
+    note_signals()
     from megascale import quickstart as job
 
     return _main("quickstart", job.QuickstartConfig, job.run, job.describe_plan, argv)
@@ -163,8 +170,10 @@ def _noted(exit_code: int) -> int:
     Launchers end with a code of their own, so who starts them looks there. A rank that left none was killed or crashed.
     """
     if _RANKS_CODES in os.environ:
+        folder = Path(os.environ[_RANKS_CODES])
         with contextlib.suppress(OSError):  # a full disk, say: a code that is missing there never says that all is well
-            Path(os.environ[_RANKS_CODES], f"rank-{rank():05d}").write_text(f"{exit_code}\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank-{rank():05d}").write_text(f"{exit_code}\n")
     return exit_code
 
 

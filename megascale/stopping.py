@@ -11,10 +11,21 @@ from megascale.errors import Stopped
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+def note_signals() -> None:
+    """Note SIGTERM and Ctrl-C until `stop_on_signal`: right while a command imports what it needs."""
+    StopSignal().__enter__()
+
+
 def stop_on_signal() -> None:
-    """Make SIGTERM and Ctrl-C raise Stopped in the main thread: right for code that has nothing to finish first."""
+    """Make SIGTERM and Ctrl-C raise Stopped in the main thread: right for code that has nothing to finish first.
+
+    Raises Stopped if one of them was noted before.
+    """
+    block = _current_block()
     for number in _SIGNALS:
         signal.signal(number, _raise_stopped)
+    if block is not None:
+        block.check()
 
 
 def ignore_sigterm() -> None:
@@ -73,8 +84,13 @@ class StopSignal:
 
 def stop_asked() -> bool:
     """Return whether the StopSignal block that this process is in, if any, was asked to stop; from any thread."""
+    block = _current_block()
+    return block is not None and block.asked
+
+
+def _current_block() -> StopSignal | None:
     block = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # whose method takes the signal
-    return isinstance(block, StopSignal) and block.asked
+    return block if isinstance(block, StopSignal) else None
 
 
 def _deepspeed_spawner() -> psutil.Process | None:

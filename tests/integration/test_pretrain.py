@@ -191,6 +191,17 @@ def test_sigterm_saves_ends_with_75_and_the_same_command_goes_on(tokens, tmp_pat
     assert f"going on from {saved} (step {step} of 100000)" in driver.stderr.read()
 
 
+def test_sigterm_while_libraries_are_imported_ends_with_75(tokens, tmp_path, start):
+    driver = start(command("pretrain.py", *arguments(tokens, tmp_path / "run")))
+    wait_for(lambda: "libtorch_cpu" in Path(f"/proc/{driver.pid}/maps").read_text(), driver)  # DeepSpeed comes after it
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75
+    assert (
+        driver.stderr.read() == "Stopped: stopped by SIGTERM; what is finished stays, run the same command to go on\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(tokens, tmp_path, start):
     """The command dies of SIGTERM at once; its ranks must not train on unseen, nor a second start write beside them."""
     endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]

@@ -65,12 +65,15 @@ def test_sigterm_after_a_job_has_failed_changes_nothing(capsys):
 
 
 def test_each_rank_of_pretraining_leaves_its_exit_code_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MEGASCALE_EXIT_CODES", str(tmp_path))
+    monkeypatch.setenv("MEGASCALE_EXIT_CODES", str(tmp_path / "new"))
     for rank in ("0", "11"):
         monkeypatch.setenv("RANK", rank)
         assert cli.pretrain(["no-such-config.yaml"]) == 2
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"rank-00000": "2\n", "rank-00011": "2\n"}
-    monkeypatch.setenv("MEGASCALE_EXIT_CODES", str(tmp_path / "gone"))
+    assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {
+        "rank-00000": "2\n",
+        "rank-00011": "2\n",
+    }
+    monkeypatch.setenv("MEGASCALE_EXIT_CODES", "/proc/none")
     assert cli.pretrain(["no-such-config.yaml"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 

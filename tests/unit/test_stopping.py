@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megascale.errors import Stopped
-from megascale.stopping import StopSignal, stop_asked
+from megascale.stopping import StopSignal, note_signals, stop_asked, stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -39,3 +39,17 @@ def test_whether_the_block_was_asked_to_stop_is_known_elsewhere_too():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_asked()
     assert not stop_asked()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_that_is_noted_while_a_command_loads_is_raised_when_it_begins(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        note_signals()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match=f"stopped by {number.name}"):
+            stop_on_signal()
+        stop_on_signal()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
