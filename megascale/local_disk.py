@@ -9,8 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from megascale.errors import StorageError
+
+T = TypeVar("T")
 
 _PART = ".part"  # of the hidden file that a local one is written as
 _STALE_SECONDS = 3600.0  # no write takes so long, clocks of two machines that share a disk included
@@ -78,6 +81,18 @@ def check_writable(path: Path) -> None:
         for folder in made:
             with contextlib.suppress(OSError):  # another process may have put something there
                 folder.rmdir()
+
+
+def check_room_and_locks(folder: Path) -> None:
+    """Raise StorageError if a folder's disk has no locks, or no room for a byte, by trying; nothing is left behind."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+            file.write(b"0")
+            os.fsync(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as failure:
+        raise StorageError(f"{folder}: cannot write, or lock what is written: {failure.strerror}") from None
 
 
 def _temporary_beside(path: Path) -> tuple[int, str]:
@@ -161,3 +176,15 @@ def walk(top: Path) -> Iterator[str]:
             folders.sort()
             waiting += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
             yield from (Path(parent, name).relative_to(top).as_posix() for name in names)
+
+
+def call_disk(url: str, call: Callable[[], T]) -> T:
+    """Call, and name the URL in the StorageError that an OSError becomes."""
+    try:
+        return call()
+    except FileNotFoundError:
+        raise StorageError(f"{url}: no such file") from None
+    except PermissionError as failure:
+        raise StorageError(f"{url}: permission denied: {failure.strerror or failure}") from None
+    except (OSError, ValueError) as failure:
+        raise StorageError(f"{url}: {getattr(failure, 'strerror', None) or failure}") from None

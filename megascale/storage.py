@@ -23,6 +23,7 @@ from pydantic import Field
 from megascale import local_disk
 from megascale.config import Section
 from megascale.errors import StorageError
+from megascale.local_disk import call_disk
 from megascale.retry import REQUEST, call_store
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Return whether a file (or a local folder) is there."""
     if is_local(url):
-        return _told(url, lambda: local_path(url).exists())
+        return call_disk(url, lambda: local_path(url).exists())
     return _remote(url, lambda fs, path: bool(fs.exists(path)))
 
 
@@ -88,14 +89,14 @@ def size(url: str) -> int | None:
 
 def _size(url: str) -> int:
     if is_local(url):
-        return _told(url, lambda: local_path(url).stat().st_size)
+        return call_disk(url, lambda: local_path(url).stat().st_size)
     return _remote(url, lambda fs, path: int(fs.size(path)))
 
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file. Raises StorageError naming the URL if it is missing or refused."""
     if is_local(url):
-        return _told(url, lambda: local_path(url).read_bytes())
+        return call_disk(url, lambda: local_path(url).read_bytes())
     return _remote(url, lambda fs, path: cast(bytes, fs.cat_file(path)))
 
 
@@ -152,7 +153,7 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
         path = local_path(url)
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise StorageError(f"{url}: not a regular file")
-        handle = _told(url, lambda: cast(IO[bytes], path.open("rb")))
+        handle = call_disk(url, lambda: cast(IO[bytes], path.open("rb")))
     else:
         handle = cast(IO[bytes], _RemoteFile(url))
     with handle:
@@ -217,7 +218,7 @@ def sizes(url: str) -> dict[str, int]:
     """Return every file under a folder or prefix, by its path there, with its size in bytes; empty if there is none."""
     if is_local(url):
         top = local_path(url)
-        return _told(
+        return call_disk(
             url, lambda: {name: (top / name).stat().st_size for name in local_disk.walk(top) if (top / name).is_file()}
         )
     base = _open_filesystem(url)[1].rstrip("/")
@@ -269,7 +270,7 @@ def _split_glob(url: str) -> tuple[str, str]:
 
 def _is_folder(url: str) -> bool:
     if is_local(url):
-        return _told(url, lambda: local_path(url).is_dir())
+        return call_disk(url, lambda: local_path(url).is_dir())
     return _remote(url, lambda fs, path: bool(fs.isdir(path)))
 
 
@@ -345,25 +346,35 @@ def upload(path: Path, url: str) -> None:
         StorageError: names the URL, or the file if it cannot be read.
     """
     if not is_local(url):
-        _told(str(path), path.stat)  # else a file that is gone would be told as missing at the URL
+        call_disk(str(path), path.stat)  # else a file that is gone would be told as missing at the URL
         _remote(url, lambda fs, place: fs.put_file(str(path), place))
         return
     local_disk.publish(local_path(url), read_blocks(str(path)))
 
 
 def delete(url: str) -> None:
-    """Delete a file, or a folder or prefix with all it holds; that there is none is no error."""
+    """Delete a file, or a folder or prefix with all it holds; that there is none is no error.
+
+    Raises StorageError where one of them may not be deleted; others may be gone by then.
+    """
     if not is_local(url):
-        _remote(url, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+        _remote(url, _remove)
         return
     path = local_path(url)
-    _told(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
+    call_disk(url, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
+
+
+def _remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+        for left in fs.find(path):  # S3 answers for each of many objects, and s3fs drops what it refused
+            fs.rm_file(left)
 
 
 def delete_file(url: str) -> None:
     """Delete one file with one request, which needs no leave to look for it. Raises StorageError where it is refused."""
     if is_local(url):
-        _told(url, local_path(url).unlink)
+        call_disk(url, local_path(url).unlink)
     else:
         _remote(url, lambda fs, path: fs.rm_file(path))
 
@@ -371,7 +382,7 @@ def delete_file(url: str) -> None:
 def remove_leftovers(url: str) -> None:
     """Remove what killed writers left half-written in a folder for an hour; a store shows none of it."""
     if is_local(url) and _is_folder(url):
-        _told(url, lambda: local_disk.remove_leftovers(local_path(url)))
+        call_disk(url, lambda: local_disk.remove_leftovers(local_path(url)))
 
 
 def _open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -389,15 +400,3 @@ def _remote(url: str, call: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
     """Call a store with the URL's filesystem and path; what may pass is tried again."""
     fs, path = _open_filesystem(url)
     return call_store(url, fs, path, lambda: call(fs, path))
-
-
-def _told(url: str, call: Callable[[], T]) -> T:
-    """Call a local disk; name the URL in what is raised."""
-    try:
-        return call()
-    except FileNotFoundError:
-        raise StorageError(f"{url}: no such file") from None
-    except PermissionError as failure:
-        raise StorageError(f"{url}: permission denied: {failure.strerror or failure}") from None
-    except (OSError, ValueError) as failure:
-        raise StorageError(f"{url}: {getattr(failure, 'strerror', None) or failure}") from None

@@ -1,15 +1,17 @@
 """Two real S3 servers on free loopback ports: moto's, and rclone's, which checks signatures and ignores create-only."""
 
+import json
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
 from conftest import ENVIRONMENT
@@ -81,3 +83,36 @@ def _prepared(server: Server) -> Server:
         except (OSError, ConnectionError):
             time.sleep(0.1)
     raise AssertionError(f"{server.name} never came up")
+
+
+@contextmanager
+def keys_that_may(server: Server, actions: Sequence[str], patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the keys of a new user who may do these things and no others."""
+    iam = boto3.client("iam", endpoint_url=server.endpoint)
+    user = "-".join(["may", *actions]).replace(":", "-")
+    iam.create_user(UserName=user)
+    key = iam.create_access_key(UserName=user)["AccessKey"]
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam.put_user_policy(UserName=user, PolicyName="may", PolicyDocument=policy)
+    use_keys(server, patch, key["AccessKeyId"], key["SecretAccessKey"])
+    check_keys(server, True)
+    try:
+        yield
+    finally:
+        check_keys(server, False)
+        use_keys(server, patch, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
+
+
+def use_keys(server: Server, patch: pytest.MonkeyPatch, access_key: str, secret: str) -> None:
+    for name, value in (("AWS_ACCESS_KEY_ID", access_key), ("AWS_SECRET_ACCESS_KEY", secret)):
+        patch.setenv(name, value)
+        patch.setitem(ENVIRONMENT, name, value)
+    configure(StorageConfig(endpoint_url=server.endpoint))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a session keeps the keys that it began with
+
+
+def check_keys(server: Server, on: bool) -> None:
+    after = b"0" if on else b"inf"  # so many more requests are let through unseen
+    headers = {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(f"{server.endpoint}/moto-api/reset-auth", after, headers)).close()

@@ -1,17 +1,13 @@
 """`megascale doctor` and S3: what keys may not do is told by name, and a bucket is left as it was."""
 
-import json
 import sys
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
-import boto3
 import fsspec
 import pytest
 from conftest import run
 from fault_proxy import FaultProxy
-from s3_servers import KEYS, Server, keys_in_environment, moto
+from s3_servers import Server, keys_in_environment, keys_that_may, moto, use_keys
 
 from megascale.doctor_services import check_storage
 from megascale.storage import StorageConfig, configure
@@ -48,38 +44,6 @@ def strict() -> Iterator[Server]:
     """moto, which looks at keys and what they may do when it is told to."""
     with keys_in_environment(), moto() as started:
         yield started
-
-
-@contextmanager
-def keys_that_may(server: Server, actions: Sequence[str], patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use the keys of a new user who may do these things and no others."""
-    iam = boto3.client("iam", endpoint_url=server.endpoint)
-    user = "-".join(["may", *actions]).replace(":", "-")
-    iam.create_user(UserName=user)
-    key = iam.create_access_key(UserName=user)["AccessKey"]
-    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    iam.put_user_policy(UserName=user, PolicyName="may", PolicyDocument=policy)
-    use_keys(server, patch, key["AccessKeyId"], key["SecretAccessKey"])
-    check_keys(server, True)
-    try:
-        yield
-    finally:
-        check_keys(server, False)
-        use_keys(server, patch, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
-
-
-def use_keys(server: Server, patch: pytest.MonkeyPatch, access_key: str, secret: str) -> None:
-    patch.setenv("AWS_ACCESS_KEY_ID", access_key)
-    patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    configure(StorageConfig(endpoint_url=server.endpoint))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a session keeps the keys that it began with
-
-
-def check_keys(server: Server, on: bool) -> None:
-    after = b"0" if on else b"inf"  # so many more requests are let through unseen
-    headers = {"Content-Type": "text/plain"}
-    urllib.request.urlopen(urllib.request.Request(f"{server.endpoint}/moto-api/reset-auth", after, headers)).close()
 
 
 ALL = ("s3:PutObject", "s3:ListBucket", "s3:GetObject", "s3:DeleteObject")
