@@ -38,7 +38,8 @@ def upload(folder: Path, url: str) -> None:
 def sync(checkpoints: Path, url: str, keep_last: int, keep_every: int | None) -> None:
     """Upload what is kept here, is to be kept at the URL and is not there, the newest first; then prune there.
 
-    What is kept is chosen among all that is here or there, so that nothing is uploaded in order to be pruned.
+    What is kept is chosen among all that is here or there, so that nothing is uploaded in order to be pruned. Keys that may
+    write and not delete are enough: what is no longer kept then stays at the URL.
 
     Raises:
         StorageError: the store, or a file here cannot be read.
@@ -52,7 +53,10 @@ def sync(checkpoints: Path, url: str, keep_last: int, keep_every: int | None) ->
             started, folder = time.monotonic(), Path(here[step].url)
             upload(folder, storage.join(target, folder.name))
             say(f"{storage.join(target, folder.name)}: uploaded in {duration(time.monotonic() - started)}")
-    prune(target, keep_last, keep_every)
+    try:
+        prune(target, keep_last, keep_every)
+    except StorageError as failure:
+        say(f"what is no longer kept stays there: {failure}")
 
 
 def fetch_newest(url: str, checkpoints: Path) -> Path | None:
@@ -153,8 +157,8 @@ class Uploads:
 def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterator[Uploads | None]:
     """Give the block its `Uploads`; only rank 0 has any, and only where the config names a URL.
 
-    At the block's end the last upload is waited for; where SIGTERM ended it, for a minute at most, and by every rank: a
-    launcher that sees one end with 75 stops the others.
+    At the block's end the last upload is waited for; where SIGTERM ended it, for a minute at most. Every rank waits: a
+    launcher stops the others some time after it sees one end.
 
     Raises:
         StorageError: the last upload failed.
@@ -173,12 +177,16 @@ def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterato
                 uploads.join_at_stop()
             barrier()
         raise
-    if uploads is not None:
-        uploads.finish()
+    try:
+        if uploads is not None:
+            uploads.finish()
+    finally:
+        barrier()
 
 
 def upload_missing(checkpoints: Path, config: CheckpointConfig) -> None:
-    """Upload what a finished run's URL still lacks. Raises StorageError."""
-    with uploading(checkpoints, config, rank=0) as uploads:
-        if uploads is not None:
-            uploads.start()
+    """Upload what a finished run's URL still lacks; called by one rank alone. Raises StorageError."""
+    if config.upload_url is not None:
+        uploads = Uploads(checkpoints, config.upload_url, config.keep_last, config.keep_every)
+        uploads.start()
+        uploads.finish()

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 from checkpoints import FACTS, WEIGHTS, save, steps
-from conftest import ROOT, command, deepspeed, run
+from conftest import ENVIRONMENT, ROOT, command, deepspeed, run
 from fault_proxy import FaultProxy
-from s3_servers import Server, keys_in_environment, moto
+from s3_servers import Server, keys_in_environment, keys_that_may, moto
 from test_pretrain import SMOKE, assert_equal_weights, weights
 from test_tokenize import wait_for
 
@@ -84,6 +84,25 @@ def test_uploaded_listed_verified_and_refused_by_name_once_a_byte_is_flipped(sto
     run(megascale("verify", "s3://bucket/run/checkpoints/step-00000003", *at[1:]))
     assert "1 of 3 checkpoints deleted" in run(megascale("prune", *at, "--keep-last", "1"))
     assert [each.step for each in list_checkpoints("s3://bucket/run")] == [2, 4]
+
+
+def test_keys_that_may_not_delete_upload_and_are_told_what_stays(bucket, monkeypatch, tmp_path, capsys):
+    """S3 answers such a deletion with 200 and a list of what it refused."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        if step == 2:
+            sync(tmp_path, "s3://bucket/kept", 2, None)
+    with keys_that_may(bucket, ["s3:PutObject", "s3:ListBucket", "s3:GetObject"], monkeypatch):
+        sync(tmp_path, "s3://bucket/kept", 1, None)
+        refused = "s3://bucket/kept/checkpoints/step-00000001/manifest.json: permission denied"
+        assert f"what is no longer kept stays there: {refused}" in capsys.readouterr().err
+        printed = run(
+            megascale("prune", "s3://bucket/kept", "--keep-last", "1", "--endpoint-url", bucket.endpoint), exit_code=2
+        )
+        assert f"StorageError: {refused}" in printed and "checkpoints deleted" not in printed
+        assert [each.step for each in list_checkpoints("s3://bucket/kept") if each.manifest] == [1, 2, 3]
+    sync(tmp_path, "s3://bucket/kept", 1, None)
+    assert [each.step for each in list_checkpoints("s3://bucket/kept")] == [3]
 
 
 def test_only_what_the_model_needs_is_read(store, tmp_path):
@@ -236,11 +255,19 @@ def test_sigterm_saves_and_uploads_what_was_saved(tokens, tmp_path, start):
     assert on_disk(there / "checkpoints") == on_disk(tmp_path / "run" / "checkpoints")
 
 
-@pytest.mark.parametrize("seconds", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start, seconds):
-    """A launcher that sees one rank end sends SIGTERM to the others, also to the one that uploads (8 files and the
-    manifest), and 30 seconds later kills it."""
-    program, there = tmp_path / "far.py", tmp_path / "elsewhere"
+def test_every_rank_waits_for_the_last_upload(tokens, tmp_path, monkeypatch):
+    """Of several nodes, a launcher leaves one on its own some minutes after the others have ended."""
+    monkeypatch.setitem(ENVIRONMENT, "MEGASCALE_EXIT_CODES", str(tmp_path / "codes"))
+    there = tmp_path / "elsewhere"
+    line = pretrain(tokens, tmp_path / "run", f"checkpoint.upload_url={there}")[2:]
+    run(deepspeed(2, str(write_far_program(tmp_path, 0.3)), *line))
+    uploaded = (there / "checkpoints" / "step-00000006" / "manifest.json").stat().st_mtime
+    assert all((tmp_path / "codes" / f"rank-0000{rank}").stat().st_mtime >= uploaded for rank in range(2))
+
+
+def write_far_program(folder: Path, seconds: float) -> Path:
+    """Write pretraining whose store takes so long for each file."""
+    program = folder / "far.py"
     program.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from megascale import cli, storage\n"
@@ -248,6 +275,14 @@ def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start, se
         f"storage.upload = lambda path, url: (time.sleep({seconds}), true(path, url))\n"
         "sys.exit(cli.pretrain())\n"
     )
+    return program
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_sigterm_lets_every_rank_wait_for_the_upload(tokens, tmp_path, start, seconds):
+    """A launcher that sees one rank end sends SIGTERM to the others, also to the one that uploads (8 files and the
+    manifest), and 30 seconds later kills it."""
+    program, there = write_far_program(tmp_path, seconds), tmp_path / "elsewhere"
     endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]
     line = pretrain(tokens, tmp_path / "run", f"checkpoint.upload_url={there}", *endless)[2:]
     driver = start(deepspeed(2, str(program), *line))

@@ -191,6 +191,7 @@ def test_last_upload_that_fails_ends_the_block_with_an_error_and_the_next_start_
     assert listing(there) == listing(here)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_only_rank_0_uploads_and_only_where_there_is_a_url(here, there):
     for config, rank in ((CheckpointConfig(), 0), (CheckpointConfig(upload_url=url(there)), 1)):
         with uploading(here, config, rank) as beside:
