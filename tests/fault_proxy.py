@@ -19,7 +19,7 @@ class FaultProxy(ThreadingHTTPServer):
     """Stands between a client and `upstream`; a context manager that serves on a free loopback port.
 
     `500` and `503` (SlowDown) answer with that error; `slow` waits a second; `cut` lets the store do what was asked
-    and closes the connection in the middle of its answer; `silent` never answers.
+    and closes the connection in the middle of its answer; `silent` never answers; `held` answers once `release` is set.
     """
 
     daemon_threads = True
@@ -38,6 +38,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.share = share
         self.kinds = kinds
         self.refuses: Callable[[str], bool] = lambda access_key: False  # whose requests get 403 ExpiredToken
+        self.release = threading.Event()
         self.done: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()  # `GET /bucket/name`, whatever came of it
         self._random = random.Random(seed)
@@ -90,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if kind == "slow":
                 time.sleep(1)
+            if kind == "held":
+                self.server.release.wait()
             status, headers, text = self._ask(body)
             self._answer(status, headers, text, cut=kind == "cut")
 

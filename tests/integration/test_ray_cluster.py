@@ -22,8 +22,10 @@ import psutil
 import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
+from fault_proxy import FaultProxy
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray_nodes import processes, start_node, stop, wait_for_port
+from s3_servers import KEYS, keys_in_environment, moto
 from support import write_tones
 from test_table1_job import write_inputs
 from test_tokenize import SMOKE, hashes, same_codec, tokenize
@@ -72,6 +74,7 @@ def cluster() -> Iterator[Cluster]:
     (folder / "token").write_text(secrets.token_hex(32))
     environment = {
         **{name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_")},
+        **KEYS,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -187,23 +190,33 @@ def test_stopped_job_leaves_what_the_same_command_finishes(cluster, local, tmp_p
     assert hashes(tmp_path / "out") == hashes(local[1])
 
 
-def test_node_that_is_lost_in_mid_job_costs_no_shard(cluster, local, tmp_path):
-    """Of a head and two workers, one with all its processes; what it was at is made elsewhere."""
+def test_node_that_is_lost_while_it_encodes_costs_no_shard(cluster, local, tmp_path):
+    """Of a head and two workers, one with all its processes, while the store keeps it waiting for a shard's audio."""
     address = f"--address=127.0.0.1:{cluster.port}"
     lost = start_node(cluster.python, cluster.checkout.parent, cluster.environment, address)
     cluster.nodes.append(lost)
     wait_until(lambda: cluster.ray("status").count("node_") == 3)
-    cluster.submit("lost-node", SMOKE, *arguments(local, tmp_path / "out"), wait=False)
-    worker = wait_until(lambda: next((p for p in processes([lost]) if is_worker(p)), None))
-    worker.suspend()  # so that it has not ended when its machine goes
-    wait_until(lambda: list((tmp_path / "out").glob("tokens-*.json")))
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    for process in processes([lost]):
-        process.kill()
-    lost.kill()
-    wait_until(lambda: (tmp_path / "out" / "manifest.json").exists())
-    wait_until(lambda: "succeeded" in cluster.ray("job", "status", "lost-node"))
+    with keys_in_environment(), moto() as server, FaultProxy(server.endpoint, 0.0, kinds=("held",)) as store:
+        server.upload(local[0], "audio")
+        line = [SMOKE, *arguments(local, tmp_path / "out"), "source.url=s3://bucket/audio"]
+        cluster.submit("lost-node", *line, f"storage.endpoint_url={store.url}", wait=False)
+        wait_until(lambda: any(is_worker(process) for process in cluster.processes()))
+        store.share = 1.0  # the audio is listed, and no worker has loaded its codec
+        wait_until(lambda: any(is_worker(p) and is_connected(p, store) for p in processes([lost])))
+        for process in processes([lost]):
+            process.kill()
+        lost.kill()
+        store.share = 0.0
+        store.release.set()
+        wait_until(lambda: "succeeded" in cluster.ray("job", "status", "lost-node"))
+    assert "its worker died; trying again" in cluster.ray("job", "logs", "lost-node")
     assert hashes(tmp_path / "out") == hashes(local[1])
+
+
+def is_connected(process: psutil.Process, store: FaultProxy) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(c.raddr and c.raddr.port == store.server_address[1] for c in process.net_connections())
+    return False
 
 
 def is_worker(process: psutil.Process) -> bool:
