@@ -16,17 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ENVIRONMENT, ROOT
 from manifests import one_pod, render
 from ray_nodes import start_node, stop, wait_for_port
 from s3_servers import KEYS, Server, moto
+from test_pretrain import arguments
+from test_tokenize import wait_for
 
 from megascale.config import load_config
 from megascale.corpora import write_corpora
+from megascale.log import read_metrics
 from megascale.ports import free_port
 from megascale.quickstart import QuickstartConfig
 from megascale.tokenize.plan import CODEC_FILE
+from megascale.train import checkpoint
 
 _SMOKE = load_config(QuickstartConfig, "quickstart", str(ROOT / "configs" / "quickstart" / "smoke.yaml"), [])
 
@@ -145,6 +150,37 @@ def run_ranks(objects, name: str, home: Path) -> None:
         )
     printed = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(text[-3000:] for text in printed)
+
+
+def test_pod_of_ranks_ends_with_2_by_which_the_job_is_not_begun_again(tokens, tmp_path, start):
+    pod = start_ranks(start, tokens, tmp_path / "run", "optim.lrr=1")
+    assert pod.wait(timeout=120) == 2
+    assert "did you mean 'lr'?" in pod.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [("drain", 75), ("a rank killed", 1)])
+def test_pod_of_ranks_ends_with_75_only_if_all_of_them_saved(tokens, tmp_path, start, stop, code):
+    endless = ["train.steps=100000", "checkpoint.every=50000", "train.validate_every=50000"]
+    pod = start_ranks(start, tokens, tmp_path / "run", *endless)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: any(row["step"] > 3 for row in read_metrics(metrics)), pod)
+    if stop == "drain":
+        pod.terminate()
+    else:
+        ranks = [p for p in psutil.Process(pod.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        ranks[0].kill()
+    assert pod.wait(timeout=120) == code
+    saved = checkpoint.committed(tmp_path / "run" / "checkpoints")
+    assert len(saved) == (stop == "drain")
+
+
+def start_ranks(start, tokens: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """Run a pretraining's pod of two ranks, the only one."""
+    ranks = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(free_port())}
+    variables = [f"{name}={value}" for name, value in ranks.items()]
+    path = f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
+    return start(["env", path, *variables, "sh", "k8s/pretrain.sh", *arguments(tokens, output, *overrides)])
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ def test_nodes_and_gpus_are_those_of_the_overlay(overlay):
                 count = container["resources"]["limits"].get("nvidia.com/gpu")
                 asked[f"{name(made)} {container['name']}"] = count
                 tolerated = any(each["key"] == "nvidia.com/gpu" for each in pod.get("tolerations", []))
-                assert tolerated == (count is not None and gpus == 8), f"{name(made)} {container['name']}"
+                assert tolerated == (count is not None), f"{name(made)} {container['name']}"
     without = {key for key in asked if "ray-head" in key or "submitter" in key}
     assert all((count is None) == (gpus is None or key in without) for key, count in asked.items())
     ranks = str(gpus or 1)
@@ -297,7 +297,7 @@ def test_configs_that_the_commands_name_take_what_they_override(objects):
         told = settings | {"RUN": made["metadata"]["name"], "BITRATE_KBPS": "12"}
         for key in ("PRETRAIN_1K5_CONFIG", "PRETRAIN_12K_CONFIG"):
             words = [expand(word, told | {"PRETRAIN_CONFIG": settings[key]}) for word in command_of(made)]
-            lines.append((PretrainConfig, "pretrain", words[words.index("launch/pretrain.py") + 1 :]))
+            lines.append((PretrainConfig, "pretrain", words[words.index("k8s/pretrain.sh") + 1 :]))
     table = one(objects, "RayJob", "table1")["spec"]["entrypoint"]
     lines.append((Table1Config, "table1", re.sub(r"\$(\w+)", lambda found: settings[found[1]], table).split()[2:]))
     for kind in ("gtzan", "nsynth", "music_speech"):
@@ -324,7 +324,41 @@ def test_a_pod_may_take_longer_to_stop_than_its_ranks_to_save(objects):
     for made in of_kind(objects, "JobSet"):
         commands += [container["command"] for _, pod in pods(made) for container in containers(pod)]
     assert len(commands) == 2 and min(grace.values()) > 300
-    assert all("--shutdown-timeout=300" in line for line in commands)
+    assert all(line[:2] == ["sh", "k8s/pretrain.sh"] for line in commands)
+    assert "torchrun --shutdown-timeout=300 " in (ROOT / "k8s" / "pretrain.sh").read_text()
+
+
+def test_mistakes_end_a_pretraining_and_lost_nodes_cost_none_of_its_restarts(objects):
+    """What the job controller writes of a pod that failed, and what JobSet makes of it, as their documentation says."""
+    for made in of_kind(objects, "JobSet", "TrainingRuntime"):
+        policy = made["spec"].get("template", made)["spec"]["failurePolicy"]
+        (job,) = jobs_of(made)
+        rules = job["podFailurePolicy"]["rules"]
+        assert policy["maxRestarts"] > 0 and all(rule["action"] == "FailJob" for rule in rules)
+
+        def action(ended, rules=rules, policy=policy):
+            index = next((i for i, rule in enumerate(rules) if ended(rule)), None)
+            reason = "BackoffLimitExceeded" if index is None else "PodFailurePolicy"
+            message = f"Container node for pod a/b failed with exit code 1 matching FailJob rule at index {index}"
+            for rule in policy["rules"]:
+                patterns = rule.get("onJobFailureMessagePatterns", [""])
+                if reason in rule["onJobFailureReasons"] and any(re.search(each, message) for each in patterns):
+                    return rule["action"]
+            return "RestartJobSet"
+
+        codes = {
+            code: action(lambda rule, code=code: code in rule.get("onExitCodes", {}).get("values", []))
+            for code in (1, 2, 4, 75, 137)
+        }
+        again = "RestartJobSetAndIgnoreMaxRestarts"
+        assert codes == {1: "RestartJobSet", 2: "FailJobSet", 4: "FailJobSet", 75: again, 137: "RestartJobSet"}
+        assert action(lambda rule: "onPodConditions" in rule) == again
+
+
+def jobs_of(made):
+    """Return the specs of the jobs of a JobSet or of a runtime's."""
+    spec = made["spec"].get("template", made)["spec"]
+    return [each["template"]["spec"] for each in spec["replicatedJobs"]]
 
 
 def test_jobset_says_what_the_trainer_would(tmp_path):

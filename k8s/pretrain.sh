@@ -1,0 +1,19 @@
+#!/bin/sh
+# What a pod of a pretraining runs: torchrun of one node's ranks. It ends not with torchrun's exit code, 1 whatever happened,
+# but with theirs, by which the failure policy goes: 2 and 4 (bad input, a loss that is not a number) would come again, 75 was
+# saved by all.
+MEGASCALE_EXIT_CODES=$(mktemp -d) || exit 1
+export MEGASCALE_EXIT_CODES
+torchrun --shutdown-timeout=300 launch/pretrain.py "$@" &
+torchrun=$!
+trap 'kill -s TERM $torchrun' TERM
+while :; do
+    wait $torchrun
+    status=$?
+    kill -0 $torchrun 2>/dev/null || break # else it was the signal that ended `wait`
+done
+codes=$(cat "$MEGASCALE_EXIT_CODES"/rank-* 2>/dev/null)
+mistake=$(echo "$codes" | grep -x -e 2 -e 4 | head -n 1)
+stopped=$(echo "$codes" | grep -cx 75)
+if [ "$stopped" = "$PET_NPROC_PER_NODE" ]; then status=75; fi
+exit "${mistake:-$status}"
