@@ -40,6 +40,11 @@ case $1 in
     requeue) echo "$2" >> "$REQUEUED" ;;
 esac
 """
+TORCHRUN = """#!/bin/bash
+mkdir -p "$MEGASCALE_EXIT_CODES"
+for rank in {0..1}; do [[ -z ${CODES[rank]} ]] || echo "${CODES[rank]}" > "$MEGASCALE_EXIT_CODES/rank-0000$rank"; done
+exit $STATUS
+"""
 SPOILT = """import sys
 sys.path.insert(0, {root!r})
 from megascale import cli
@@ -65,7 +70,7 @@ class Slurm:
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
 
-    def sbatch(self, *arguments: str) -> subprocess.Popen:
+    def sbatch(self, *arguments: str, **variables: str) -> subprocess.Popen:
         """Start the script as Slurm does on the first of two nodes of one GPU each."""
         environment = {
             **ENVIRONMENT,
@@ -77,6 +82,7 @@ class Slurm:
             "SLURM_NNODES": "2",
             "SLURM_GPUS_ON_NODE": "1",
             "SLURM_CPUS_PER_TASK": "1",
+            **variables,
         }
         line = ["bash", str(SCRIPT), *arguments]
         job = subprocess.Popen(
@@ -156,8 +162,26 @@ def test_job_that_ends_by_itself_is_not_put_back(slurm, tokens, tmp_path, code):
     assert told[code] in printed
 
 
-def test_script_reads_well():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+@pytest.mark.parametrize(
+    ("codes", "status", "restarts", "ended", "put_back"),
+    [
+        pytest.param(("75", "0"), 1, 1, 75, True, id="one had nothing left to save"),
+        pytest.param(("75", ""), 1, 1, 1, False, id="one crashed, and the other was stopped for it"),
+        pytest.param(("75", "4"), 1, 1, 4, False, id="one failed, and the other was stopped for it"),
+        pytest.param(("", ""), 143, 0, 75, True, id="no rank had begun"),
+        pytest.param(("", ""), 137, 0, 137, False, id="killed"),
+        pytest.param(("75", "75"), 1, 199, 75, True, id="stopped again and again"),
+        pytest.param(("75", "75"), 1, 200, 75, False, id="stopped too often"),
+    ],
+)
+def test_job_is_put_back_only_if_nothing_was_lost(slurm, codes, status, restarts, ended, put_back):
+    """The script's own sums, with what ranks may leave: a third script stands in torchrun's place."""
+    text = TORCHRUN.replace("mkdir", f"CODES=({' '.join(map(repr, codes))}); mkdir", 1)
+    (slurm.folder / "torchrun").write_text(text)
+    (slurm.folder / "torchrun").chmod(0o755)
+    job = slurm.sbatch("any.yaml", STATUS=str(status), SLURM_RESTART_COUNT=str(restarts))
+    job.communicate(timeout=30)
+    assert (job.returncode, slurm.requeued) == (ended, ["4242"] * put_back)
 
 
 def test_hostfile_is_one_that_deepspeed_reads():
