@@ -20,16 +20,19 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import psutil
 
-from megascale import storage
+from megascale import local_disk, storage
 from megascale.errors import StorageError
 from megascale.ports import free_port
 
 GPU_TORCH = 'make clean install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"'
+_ROOM = "make room, or --disk FOLDER on another disk, or --disk-gb N"
 _CONNECT_SECONDS = 5.0
 _ADDED_UP = "megascale doctor: added up"  # what a rank says when every rank has the sum
+_FAILED = "megascale doctor: "  # before what a rank says went wrong; libraries have last words of their own
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,31 @@ def check_torch(devices: Path = Path("/dev")) -> Finding:
     except (ImportError, OSError) as failure:  # the second: a library that it is linked to
         return Finding("torch", "FAIL", f"cannot be imported: {failure}", "make clean install")
     built = f"{torch.__version__}, {torch.get_num_threads()} threads"
-    cards = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    cards = sorted(path.name for path in devices.glob("nvidia[0-9]*") if _is_given(path))
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
         found = f"{built}, CUDA {torch.version.cuda}, driver {_driver()}, {len(gpus)} GPUs: {names}"
         return Finding("torch", "ok", found)
     if not cards:
-        return Finding("torch", "ok", f"{built}, no GPU")
+        return Finding("torch", "ok", f"{built}, no GPU for this process")
     if torch.version.cuda is None:
         return Finding("torch", "FAIL", f"{built}: a build for CPUs, but here is a GPU ({', '.join(cards)})", GPU_TORCH)
     found = f"{built}: CUDA {torch.version.cuda} finds none of {', '.join(cards)} (driver {_driver()})"
     return Finding("torch", "FAIL", found, f"a driver for that CUDA, or a build for the driver: {GPU_TORCH}")
+
+
+def _is_given(card: Path) -> bool:
+    """Return whether this process may use a GPU: a container, or a job of a scheduler, may see one that it may not open."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "any") in ("", "-1", "NoDevFiles"):
+        return False
+    try:
+        os.close(os.open(card, os.O_RDWR))
+    except PermissionError:
+        return False
+    except OSError:  # a driver that does not work
+        return True
+    return True
 
 
 def _driver() -> str:
@@ -116,18 +132,20 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), memory: int | None = No
     return Finding("shm", "warn", found, fix)
 
 
-def check_disk(folder: str, gigabytes: float, name: str = "disk") -> Finding:
-    """Look whether a folder, which need not be there yet, can be written, and whether its disk has so much room."""
+def check_disk(folder: str, gigabytes: float, name: str = "disk", room: str = _ROOM) -> Finding:
+    """Look whether a folder, which need not be there yet, can be written, and whether its disk has so much room; `room`
+    says what to do if it has not."""
     path, probe = Path(folder).absolute(), probe_name()
     try:
         storage.check_writable(str(path / probe))
+        local_disk.check_room_and_locks(path)
         free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free / 1e9
     except (StorageError, OSError) as failure:
-        fix = f"a folder that user {os.getuid()} may write to (Kubernetes: a volume, and fsGroup)"
+        fix = f"--disk FOLDER, where runs go; user {os.getuid()} has to be let in (Kubernetes: a volume, and fsGroup)"
         return Finding(name, "FAIL", str(failure).replace(str(path / probe), str(path)), fix)
     if free < gigabytes:
         found = f"{path} has {free:.1f} GB free, {gigabytes:g} are wanted"
-        return Finding(name, "FAIL", found, "make room, or --disk FOLDER on another disk, or --disk-gb N")
+        return Finding(name, "FAIL", found, room)
     return Finding(name, "ok", f"{path} can be written, {free:.1f} GB free")
 
 
@@ -137,7 +155,9 @@ def check_temporary() -> Finding:
         folder = tempfile.gettempdir()
     except OSError as failure:
         return Finding("tmp", "FAIL", str(failure.strerror), "TMPDIR=FOLDER; Kubernetes: an emptyDir at /tmp")
-    return check_disk(folder, 1.0, "tmp")
+    return check_disk(
+        folder, 1.0, "tmp", "make room, or TMPDIR=FOLDER on another disk; Kubernetes: a larger emptyDir there"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- ranks, Ray
@@ -152,7 +172,7 @@ def check_ranks(num_ranks: int | None = None, seconds: float = 120.0) -> list[Fi
     """
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     count = num_ranks if num_ranks is not None else gpus or 2
     deepspeed = metadata.version("deepspeed")
     name, made_with = "gloo", f"torch {torch.__version__}"
@@ -206,12 +226,21 @@ def _run_ranks(count: int, seconds: float) -> tuple[list[str], str]:
     failed = next((i for i, code in enumerate(codes) if code), None)
     if failed is not None:
         said = [line for line in outputs[failed].splitlines() if line.strip()] or ["it said nothing"]
-        return outputs, f"rank {failed} ended with {codes[failed]}: {said[-1]}"
-    return outputs, f"not done after {seconds:g} s" if None in codes else ""
+        told = [line.removeprefix(_FAILED) for line in said if line.startswith(_FAILED) and line != _ADDED_UP]
+        return outputs, f"rank {failed} ended with {codes[failed]}: {[*said, *told][-1]}"
+    return outputs, f"not done after {seconds:g} s (--seconds gives more)" if None in codes else ""
 
 
 def be_a_rank() -> None:
-    """Be one of the processes of `check_ranks`, as its environment says. Raises whatever does not work."""
+    """Be one of the processes of `check_ranks`, as its environment says; end with 1 after a line on what does not work."""
+    try:
+        _add_up_and_update()
+    except Exception as failure:  # a broken package raises anything
+        print(f"{_FAILED}{type(failure).__name__}: {' '.join(str(failure).split())}", flush=True)
+        sys.exit(1)
+
+
+def _add_up_and_update() -> None:
     import torch
     from torch import distributed
 
@@ -241,13 +270,15 @@ def be_a_rank() -> None:
 def check_ray() -> Finding:
     """Look whether the cluster that the environment names, if any, can be reached."""
     version, address = metadata.version("ray"), os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not (host and port.isdecimal()):
-        nobody = "no RAY_ADDRESS: jobs join a Ray that runs here, or start one"
-        return Finding("ray", "ok", f"{version}, {address or nobody}")
+    if address in ("", "local"):
+        return Finding("ray", "ok", f"{version}, no RAY_ADDRESS: jobs join a Ray that runs here, or start one")
+    if address == "auto":
+        return Finding("ray", "skip", f"{version}, RAY_ADDRESS=auto: jobs need a Ray that runs here", "ray status")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as failure:
+        url = urlsplit(address if "://" in address else f"//{address}")
+        port = url.port or {"http": 80, "https": 443, "ray": 10001}.get(url.scheme, 6379)
+        socket.create_connection((url.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as failure:
         found = f"{version}, RAY_ADDRESS={address} does not answer: {failure}"
         return Finding("ray", "FAIL", found, "start that cluster's head, or unset RAY_ADDRESS")
     return Finding("ray", "ok", f"{version}, RAY_ADDRESS={address} answers")

@@ -28,7 +28,7 @@ def add_to(commands: Any) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="folder or prefix to list, write to and delete from, as a job's input and output; can be given again",
+        help="a job's output, a folder or prefix: written to, listed, read, deleted from; can be given again",
     )
     parser.add_argument("--endpoint-url", help="S3 endpoint, for stores other than AWS")
     parser.add_argument("--codec", metavar="URL", help="codec.weights to be checked, a path or URL")
@@ -38,6 +38,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks to start (default: one for each GPU, or 2 on CPUs); 0 starts none"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, metavar="N", help="how long the ranks may take (default 120)"
     )
     parser.set_defaults(run=_doctor)
 
@@ -60,7 +63,7 @@ def _check(arguments: argparse.Namespace) -> int:
         ("shm", doctor.check_shared_memory),
         ("disk", lambda: doctor.check_disk(arguments.disk, arguments.disk_gb)),
         ("tmp", doctor.check_temporary),
-        ("ranks", lambda: doctor.check_ranks(arguments.ranks)),
+        ("ranks", lambda: doctor.check_ranks(arguments.ranks, arguments.seconds)),
         ("ray", doctor.check_ray),
         ("storage", lambda: [doctor_services.check_storage(url) for url in urls] or _NO_STORAGE),
         ("clock", lambda: doctor_services.check_clock(urls)),

@@ -1,9 +1,9 @@
 """A run's folder: the resolved config it was started with, and what it ended with."""
 
+import contextlib
 import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from megascale import storage
 from megascale.config import Section, dump_config
-from megascale.errors import ConfigError, DataError
+from megascale.errors import ConfigError, DataError, StorageError
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -95,19 +95,23 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     storage.publish_bytes(str(folder / RESULT), json.dumps(result, indent=1).encode())
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process, until the block or the process ends.
 
     Raises:
         ConfigError: another process holds it.
+        StorageError: the folder cannot be written to, or its disk has no locks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / ".lock").open("a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is at work in this folder; wait for it, or stop it") from None
+        except OSError as failure:
+            raise StorageError(f"{folder}/.lock: cannot be written, or locked: {failure.strerror}") from None
         yield
 
 

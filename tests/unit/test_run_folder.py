@@ -8,7 +8,7 @@ from pydantic import Field
 
 from megascale import run_folder
 from megascale.config import Section
-from megascale.errors import ConfigError, DataError, MegascaleError
+from megascale.errors import ConfigError, DataError, MegascaleError, StorageError
 
 MAY_CHANGE = ("log.", "train.micro_batch")
 
@@ -111,6 +111,13 @@ def test_broken_result_is_named(tmp_path, data):
     with pytest.raises(DataError) as failure:
         run_folder.read_result(tmp_path)
     assert str(failure.value) == f"{tmp_path / 'result.json'}: broken; delete it to run again"
+
+
+def test_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    refused = pytest.raises(StorageError, match=f"^{tmp_path}/.lock: cannot be written, or locked: Is a directory$")
+    with refused, run_folder.lock(tmp_path):
+        pass
 
 
 def test_folder_is_held_by_one_process_until_its_block_ends(tmp_path):
