@@ -38,6 +38,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.share = share
         self.kinds = kinds
         self.refuses: Callable[[str], bool] = lambda access_key: False  # whose requests get 403 ExpiredToken
+        self.spoils: Callable[[str], bool] = lambda request: False  # which, as in `asked`, always get 500
         self.release = threading.Event()
         self.done: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()  # `GET /bucket/name`, whatever came of it
@@ -61,7 +62,7 @@ class FaultProxy(ThreadingHTTPServer):
         with self._lock:
             self.asked[request] += 1
             kind = self._random.choice(self.kinds) if self._random.random() < self.share else "good"
-            kind = "expired" if self.refuses(access_key) else kind
+            kind = "expired" if self.refuses(access_key) else "500" if self.spoils(request) else kind
             self.done[kind] += 1
             return kind
 

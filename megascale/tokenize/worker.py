@@ -12,7 +12,7 @@ import numpy as np
 
 from megascale import seeding, storage
 from megascale.data.index import Quarantined
-from megascale.errors import AudioError, CredentialsError, StorageError, TokenError
+from megascale.errors import AudioError, CredentialsError, StorageError, StoreUnavailable, TokenError
 from megascale.tokenize import audio, streams
 from megascale.tokenize.calibration import calibrate
 from megascale.tokenize.clips import Clip
@@ -128,7 +128,10 @@ class ShardWorker:
 def _read_clip(
     clip: Clip, config: TokenizeConfig, codec_name: str
 ) -> tuple[np.ndarray | EncodedClip | Quarantined, dict[str, float]]:
-    """Read one clip. What its bytes say is final; a store that fails is asked again, a bounded number of times."""
+    """Read one clip. What its bytes say is final; a store that fails is asked again, a bounded number of times.
+
+    Raises StoreUnavailable if the store then answers nothing else, either: what it holds is not known, and not left out.
+    """
     attempts, most_seconds = config.workers.attempts, config.clips.max_seconds
     spent: defaultdict[str, float] = defaultdict(float)
     for attempt in range(1, attempts + 1):
@@ -143,7 +146,14 @@ def _read_clip(
             raise  # no fault of the clip's, and the next would meet it too
         except StorageError as failure:
             reason = str(failure)
+            if attempt == attempts and isinstance(failure, StoreUnavailable):
+                _check_store(clip)
     return Quarantined(key=clip.key, url=clip.url, reason=reason, attempts=attempts), spent
+
+
+def _check_store(clip: Clip) -> None:
+    """Raise StoreUnavailable unless the store of a clip, which it does not give, answers at all."""
+    storage.exists(clip.url.rpartition("/")[0])
 
 
 class CodecFitter:
@@ -183,6 +193,9 @@ def _calibration_sample(config: TokenizeConfig, plan: Plan) -> list[np.ndarray]:
             sample.append(audio.read_clip(clips[i].url, *stretch, most_seconds=config.clips.max_seconds))
         except CredentialsError:
             raise
+        except StoreUnavailable:
+            _check_store(clips[i])
+            continue
         except (AudioError, StorageError):
             continue  # its worker will quarantine it
         seconds += len(sample[-1]) / SAMPLE_RATE_HZ

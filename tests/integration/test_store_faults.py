@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,13 @@ from support import write_tones
 from test_tokenize import hashes, tokenize
 
 from megascale import storage
-from megascale.errors import CredentialsError, StorageError
+from megascale.data.index import Quarantined
+from megascale.errors import CredentialsError, StorageError, StoreUnavailable
+from megascale.retry import ATTEMPTS
+from megascale.tokenize.clips import Clip
+from megascale.tokenize.codec import CALIBRATE
+from megascale.tokenize.plan import TokenizeConfig
+from megascale.tokenize.worker import _read_clip
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +175,27 @@ def test_store_that_is_gone_while_headers_are_read_ends_the_job_and_leaves_nothi
     printed = run(line, exit_code=2)
     assert "StoreUnavailable: s3://bucket/audio/low/low-000.wav: " in printed and "Traceback" not in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["nothing at all", "every other request"])
+def test_clip_is_left_out_only_if_its_store_answers(proxy, undisturbed, tmp_path, answers):
+    sections = {"source": {"kind": "files", "url": "s3://bucket/audio"}, "workers": {"attempts": 1}}
+    sections |= {"codec": {"weights": CALIBRATE, "bitrate_kbps": 1.5}}
+    config = TokenizeConfig.model_validate(sections | {"output": {"url": str(tmp_path)}})
+    url = "s3://bucket/audio/low/low-000.wav"
+    clip = Clip("key", url, "low/low-000.wav", "key", 0.0, None, {}, None)
+    proxy.spoils = lambda request: not answers or request.endswith("/low-000.wav")
+
+    def read() -> Quarantined:
+        ATTEMPTS.set(1)
+        return _read_clip(clip, config, "encodec_24khz")[0]
+
+    if answers:
+        found = copy_context().run(read)
+        assert isinstance(found, Quarantined) and found.reason.startswith(url) and found.attempts == 1
+    else:
+        with pytest.raises(StoreUnavailable, match=r"^s3://bucket/audio/low: "):
+            copy_context().run(read)
 
 
 def test_expired_keys_that_nothing_renews_end_with_2(proxy, weights, undisturbed, tmp_path):
