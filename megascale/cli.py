@@ -14,7 +14,7 @@ from typing import Any
 
 from megascale.config import S, describe_keys, load_config
 from megascale.errors import ConfigError, MegascaleError, QuarantineExceeded
-from megascale.log import rank, say
+from megascale.log import local_rank, rank, say
 from megascale.stopping import ignore_sigterm, note_signals, stop_on_signal
 
 _RANKS_CODES = "MEGASCALE_EXIT_CODES"  # names a folder
@@ -27,16 +27,20 @@ _EXIT_CODES = (
 def tokenize(argv: Sequence[str] | None = None) -> int:
     """Audio to token shards."""
     note_signals()
-    from megascale import tokenize_report
     from megascale.tokenize import job, plan
+
+    def write_page(config: plan.TokenizeConfig) -> None:
+        from megascale import tokenize_report  # Matplotlib, which takes a second
+
+        tokenize_report.write_page(config)
 
     def run(config: plan.TokenizeConfig) -> None:
         try:
             job.run(config)
         except QuarantineExceeded:  # finished all the same, and the page tells why
-            tokenize_report.write_page(config)
+            write_page(config)
             raise
-        tokenize_report.write_page(config)
+        write_page(config)
 
     return _main("tokenize", plan.TokenizeConfig, run, plan.describe_plan, argv)
 
@@ -44,15 +48,16 @@ def tokenize(argv: Sequence[str] | None = None) -> int:
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Token shards to a pretrained encoder."""
     note_signals()
-    from megascale import report
     from megascale.tasks import pretrain as task
 
     def run(config: task.PretrainConfig) -> None:
         result = task.run(config)
         if rank() == 0:
+            from megascale import report  # Matplotlib, which takes a second
+
             report.write_pretrain_report(config.output.url, result)
 
-    return _noted(_main("pretrain", task.PretrainConfig, run, task.describe_plan, argv))
+    return _main("pretrain", task.PretrainConfig, run, task.describe_plan, argv, ended=_note_end)
 
 
 def finetune(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +138,12 @@ def quickstart(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(
-    job: str, schema: type[S], run: Callable[[S], Any], describe: Callable[[S], str], argv: Sequence[str] | None
+    job: str,
+    schema: type[S],
+    run: Callable[[S], Any],
+    describe: Callable[[S], str],
+    argv: Sequence[str] | None,
+    ended: Callable[[int, str], None] = lambda exit_code, failure: None,
 ) -> int:
     _quiet_libraries()
     try:
@@ -150,22 +160,24 @@ def _main(
         # a folder's name may hold a `=`, as in sweeps/lr=3/config.yaml
         path = rest.pop(0) if "=" not in rest[0] or Path(rest[0]).is_file() else None
         config = load_config(schema, job, path, rest)
+        stop_on_signal()
         if "--dry-run" in arguments:
             plan = describe(config)
             if rank() == 0:
                 print(plan)
         else:
-            stop_on_signal()
             run(config)
+        ended(0, "")
         return 0
     except MegascaleError as failure:
         ignore_sigterm()  # a launcher that sees one rank end sends it to the others, and it would change their code
         _tell(failure)
+        ended(failure.exit_code, type(failure).__name__)
         return failure.exit_code
 
 
-def _noted(exit_code: int) -> int:
-    """Leave this rank's exit code in the folder that MEGASCALE_EXIT_CODES names, if it is set; return the code.
+def _note_end(exit_code: int, failure: str) -> None:
+    """Leave this rank's exit code, and the name of what it ended with, in the folder of MEGASCALE_EXIT_CODES, if it is set.
 
     Launchers end with a code of their own, so who starts them looks there. A rank that left none was killed or crashed.
     """
@@ -173,8 +185,7 @@ def _noted(exit_code: int) -> int:
         folder = Path(os.environ[_RANKS_CODES])
         with contextlib.suppress(OSError):  # a full disk, say: a code that is missing there never says that all is well
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank-{rank():05d}").write_text(f"{exit_code}\n")
-    return exit_code
+            (folder / f"rank-{rank():05d}").write_text(f"{exit_code} {failure}".rstrip() + "\n")
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:
@@ -191,10 +202,13 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _tell(failure: MegascaleError) -> None:
-    """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it."""
+    """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it.
+
+    Before the ranks have joined, what one of a machine meets (no tokens there, say) the others of that machine meet, too.
+    """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    if rank() == 0 or (joined and not failure.on_every_rank):
+    if rank() == 0 or (not failure.on_every_rank and (joined or local_rank() == 0)):
         where = f"[rank {rank()}] " if rank() else ""
         print(f"{where}{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
 

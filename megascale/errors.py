@@ -60,3 +60,4 @@ class Stopped(MegascaleError):
 
     exit_code = 75
     on_every_rank = True
+    together = False  # whether the ranks agreed to stop at this point, so that each is there

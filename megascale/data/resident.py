@@ -76,7 +76,8 @@ def resident_bytes(folder: TokenFolder, clips: np.ndarray, where: Where) -> int:
 
 
 def check_room(num_bytes: int, where: Where, training_bytes: int) -> None:
-    """Raise ConfigError unless every rank of this machine has room for so many bytes, as things are now.
+    """Raise ConfigError unless every rank of this machine has room for so many bytes, as things are now; on another rank's
+    machine or GPU it may be otherwise.
 
     `training_bytes`: what a rank's training takes besides, on its device.
     """
@@ -88,10 +89,12 @@ def check_room(num_bytes: int, where: Where, training_bytes: int) -> None:
     else:
         free, each = psutil.virtual_memory().available // local_world_size(), f"for each of {local_world_size()} ranks"
     if num_bytes + training_bytes > free:
-        raise ConfigError(
+        failure = ConfigError(
             f"{key}: the training clips take {num_bytes / 1e9:.2f} GB {each}, training about {training_bytes / 1e9:.2f} GB, "
             f"and {free / 1e9:.2f} GB are free; leave it out, or read a lower data.bitrate_kbps"
         )
+        failure.on_every_rank = False
+        raise failure
 
 
 def _clip_bytes(folder: TokenFolder, clips: np.ndarray, where: Where) -> np.ndarray:

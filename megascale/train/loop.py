@@ -105,7 +105,9 @@ def fit(
             since += time.monotonic() - paused  # reports tell of training alone
             if stopping and not last:
                 kept = "nothing of it is kept" if hooks.save is None else "saved"
-                raise Stopped(f"stopped after step {done}, {kept}; run the same command to go on")
+                stopped = Stopped(f"stopped after step {done}, {kept}; run the same command to go on")
+                stopped.together = True
+                raise stopped
             if last:
                 break
 

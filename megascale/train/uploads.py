@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megascale import storage
-from megascale.errors import MegascaleError, Stopped, StorageError
+from megascale.errors import MegascaleError, Stopped, StorageError, StoreUnavailable
 from megascale.log import duration, say
 from megascale.stopping import StopSignal, stop_asked
 from megascale.train import checkpoint
@@ -140,7 +140,8 @@ class Uploads:
             self._join(_POLL_SECONDS)  # in pieces, so that SIGTERM is heard
         self._raise_faults_of_code()
         if self._failure is not None:
-            raise StorageError(
+            kind = StoreUnavailable if isinstance(self._failure, StoreUnavailable) else StorageError
+            raise kind(
                 f"{self._failure} (upload failed; all is safe in {self._checkpoints}, and the same command uploads it)"
             )
 
@@ -171,11 +172,12 @@ def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterato
         uploads = Uploads(checkpoints, config.upload_url, config.keep_last, config.keep_every)
     try:
         yield uploads
-    except Stopped:
-        with StopSignal():  # launchers send SIGTERM more than once
-            if uploads is not None:
-                uploads.join_at_stop()
-            barrier()
+    except Stopped as stopped:
+        if stopped.together:  # else another rank may be anywhere
+            with StopSignal():  # launchers send SIGTERM more than once
+                if uploads is not None:
+                    uploads.join_at_stop()
+                barrier()
         raise
     try:
         if uploads is not None:

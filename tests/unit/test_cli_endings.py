@@ -70,8 +70,8 @@ def test_each_rank_of_pretraining_leaves_its_exit_code_where_it_is_asked_to(tmp_
         monkeypatch.setenv("RANK", rank)
         assert cli.pretrain(["no-such-config.yaml"]) == 2
     assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {
-        "rank-00000": "2\n",
-        "rank-00011": "2\n",
+        "rank-00000": "2 ConfigError\n",
+        "rank-00011": "2 ConfigError\n",
     }
     monkeypatch.setenv("MEGASCALE_EXIT_CODES", "/proc/none")
     assert cli.pretrain(["no-such-config.yaml"]) == 2
@@ -87,6 +87,23 @@ def test_config_may_lie_in_a_folder_with_an_equals_sign(tmp_path):
     assert found == [TinyConfig(steps=5)]
 
 
+def test_what_only_another_machine_meets_is_told_by_its_first_rank(capsys, monkeypatch):
+    for name, value in (("RANK", "8"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(failing(DataError("/data: no manifest.json"))) == 2
+    assert main(failing(ConfigError("wrong"))) == 2
+    assert capsys.readouterr().err == "[rank 8] DataError: /data: no manifest.json\n"
+
+
+def test_dry_run_can_be_stopped(capsys):
+    def describe(config: TinyConfig) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "a plan"
+
+    assert cli._main("tiny", TinyConfig, failing(RuntimeError("ran")), describe, ["steps=7", "--dry-run"]) == 75
+    assert capsys.readouterr().out == ""
+
+
 def test_dry_run_never_runs(capsys):
     assert main(failing(RuntimeError("ran")), "steps=7", "--dry-run") == 0
     assert capsys.readouterr().out == "7 steps\n"
@@ -94,6 +111,7 @@ def test_dry_run_never_runs(capsys):
 
 def test_what_every_rank_sees_is_told_by_rank_0_alone(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     assert main(failing(DataError("gone"))) == 2
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

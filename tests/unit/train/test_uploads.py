@@ -230,6 +230,11 @@ def test_save_waits_for_the_upload_before_it(here, there, slow):
     assert steps(checkpoint.committed(there)) == [1]
 
 
+def test_stop_before_the_ranks_have_joined_waits_for_nobody(here, there):
+    with pytest.raises(Stopped, match="early"), uploading(here, CheckpointConfig(upload_url=url(there)), 0):
+        raise Stopped("early")
+
+
 @pytest.mark.usefixtures("process_group")
 def test_job_asked_to_stop_saves_at_once_and_waits_no_longer_than_a_preempted_machine_has(
     here, there, slow, monkeypatch, capsys
@@ -247,7 +252,9 @@ def test_job_asked_to_stop_saves_at_once_and_waits_no_longer_than_a_preempted_ma
         assert beside.busy
         save(here, 2)
         beside.start()
-        raise Stopped("asked")
+        asked = Stopped("asked")
+        asked.together = True
+        raise asked
     assert "the upload is not finished; the next start goes on with it" in capsys.readouterr().err
     slow.set()
     beside.finish()
