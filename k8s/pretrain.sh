@@ -13,7 +13,8 @@ while :; do
     kill -0 $torchrun 2>/dev/null || break # else it was the signal that ended `wait`
 done
 codes=$(cat "$MEGASCALE_EXIT_CODES"/rank-* 2>/dev/null)
-mistake=$(echo "$codes" | grep -x -e 2 -e 4 | head -n 1)
-stopped=$(echo "$codes" | grep -cx 75)
-if [ "$stopped" = "$PET_NPROC_PER_NODE" ]; then status=75; fi
+# a store that did not answer may, next time
+mistake=$(echo "$codes" | grep -v StoreUnavailable | grep -o -e '^2' -e '^4' | head -n 1)
+ended=$(echo "$codes" | grep -c -e '^0' -e '^75')
+if [ "$ended" = "$PET_NPROC_PER_NODE" ] && echo "$codes" | grep -q '^75'; then status=75; fi
 exit "${mistake:-$status}"

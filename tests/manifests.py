@@ -57,6 +57,15 @@ def _rendered(folder: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
+def of_kind(objects, *kinds: str):
+    return [made for made in objects if made["kind"] in kinds]
+
+
+def one(objects, kind: str, named: str):
+    (found,) = (made for made in objects if (made["kind"], made["metadata"]["name"]) == (kind, named))
+    return found
+
+
 def name(made: dict[str, Any]) -> str:
     return f"{made['kind']}/{made['metadata']['name']}"
 

@@ -158,6 +158,51 @@ def test_pod_of_ranks_ends_with_2_by_which_the_job_is_not_begun_again(tokens, tm
     assert "did you mean 'lr'?" in pod.stderr.read()
 
 
+@pytest.mark.parametrize(
+    ("codes", "status", "code"),
+    [
+        (("0", "0"), 0, 0),
+        (("75 Stopped", "0"), 1, 75),
+        (("75 Stopped", ""), 1, 1),
+        (("75 Stopped", "4 TrainingDiverged"), 1, 4),
+        (("2 StoreUnavailable", "75 Stopped"), 1, 1),
+        (("2 StoreUnavailable", "2 DataError"), 1, 2),
+        (("", ""), 143, 143),
+    ],
+)
+def test_pod_of_ranks_ends_as_they_say(tmp_path, codes, status, code):
+    """The script's own sums, with what ranks may leave: another script stands in torchrun's place."""
+    left = "".join(f'echo "{c}" > "$MEGASCALE_EXIT_CODES/rank-0000{i}"\n' for i, c in enumerate(codes) if c)
+    (tmp_path / "torchrun").write_text(f"#!/bin/sh\n{left}exit {status}\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PET_NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path)}
+    assert subprocess.run(["sh", "k8s/pretrain.sh", "any.yaml"], cwd=ROOT, env=shell, check=False).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "corpora"),
+    [((0, 0, 0, 0), 0, 4), ((3, 0, 0, 0), 3, 4), ((0, 0, 3, 0), 3, 4), ((3, 2, 0, 0), 2, 2), ((75, 0, 0, 0), 75, 1)],
+)
+def test_corpora_are_tokenised_one_after_the_other_until_one_fails(tmp_path, codes, code, corpora):
+    """Too many quarantined clips in one, exit code 3, are no reason to leave the others; a script stands for the job."""
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/lines\n'
+        f"exit $(echo {' '.join(map(str, codes))} | cut -d' ' -f$(wc -l < {tmp_path}/lines))\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    names = ("TOKENIZE_CONFIG", "SOURCE", "TOKENS_URL", "CODEC_WEIGHTS", "TOKENIZE_WORKERS", "AUDIO_URL")
+    shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **{name: name.lower() for name in names}}
+    shell["LABELLED_CODEC_WEIGHTS"] = "fitted"
+    assert subprocess.run(["sh", "k8s/tokenize.sh"], cwd=ROOT, env=shell, check=False).returncode == code
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert len(lines) == corpora
+    assert lines[0] == (
+        "launch/tokenize_audio.py tokenize_config source output.url=tokens_url/pretrain codec.weights=codec_weights "
+        "workers.count=tokenize_workers"
+    )
+    assert all("codec.weights=fitted" in line for line in lines[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "code"), [("drain", 75), ("a rank killed", 1)])
 def test_pod_of_ranks_ends_with_75_only_if_all_of_them_saved(tokens, tmp_path, start, stop, code):

@@ -165,13 +165,15 @@ def test_job_that_ends_by_itself_is_not_put_back(slurm, tokens, tmp_path, code):
 @pytest.mark.parametrize(
     ("codes", "status", "restarts", "ended", "put_back"),
     [
-        pytest.param(("75", "0"), 1, 1, 75, True, id="one had nothing left to save"),
-        pytest.param(("75", ""), 1, 1, 1, False, id="one crashed, and the other was stopped for it"),
-        pytest.param(("75", "4"), 1, 1, 4, False, id="one failed, and the other was stopped for it"),
+        pytest.param(("75 Stopped", "0"), 1, 1, 75, True, id="one had nothing left to save"),
+        pytest.param(("75 Stopped", ""), 1, 1, 1, False, id="one crashed, and the other was stopped for it"),
+        pytest.param(
+            ("75 Stopped", "4 TrainingDiverged"), 1, 1, 4, False, id="one failed, and the other was stopped for it"
+        ),
         pytest.param(("", ""), 143, 0, 75, True, id="no rank had begun"),
         pytest.param(("", ""), 137, 0, 137, False, id="killed"),
-        pytest.param(("75", "75"), 1, 199, 75, True, id="stopped again and again"),
-        pytest.param(("75", "75"), 1, 200, 75, False, id="stopped too often"),
+        pytest.param(("75 Stopped", "75 Stopped"), 1, 199, 75, True, id="stopped again and again"),
+        pytest.param(("75 Stopped", "75 Stopped"), 1, 200, 75, False, id="stopped too often"),
     ],
 )
 def test_job_is_put_back_only_if_nothing_was_lost(slurm, codes, status, restarts, ended, put_back):
