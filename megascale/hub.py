@@ -6,13 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
-
 from megascale.errors import StorageError
-
-# the first is the base of what the client's HTTP library raises where nothing answers: httpx, or what came after it
-_FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError.__mro__[1], OSError, ValueError)
 
 
 def is_repo_id(name: str) -> bool:
@@ -32,6 +26,9 @@ def find_file(repo: str, name: str, **options: Any) -> Path | None:
     Raises:
         StorageError: no such repo, no access, or the hub does not answer; names the file.
     """
+    import huggingface_hub  # with an HTTP client, which every job would load
+    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+
     with told(f"{repo}: no such folder here; {name} of that repo"):
         try:
             return Path(huggingface_hub.hf_hub_download(repo, name, **options))
@@ -45,9 +42,13 @@ def find_file(repo: str, name: str, **options: Any) -> Path | None:
 @contextmanager
 def told(what: str) -> Iterator[None]:
     """Turn what the hub's client raises in the block into a StorageError that names `what`."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # the base of what the client's HTTP library raises where nothing answers: httpx, or what came after it
+    no_answer: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         yield
-    except _FAILURES as failure:
+    except (no_answer, OSError, ValueError) as failure:
         raise StorageError(f"{what}: the Hugging Face hub: {_in_one_line(failure)}") from None
 
 

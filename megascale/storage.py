@@ -84,10 +84,8 @@ def exists(url: str) -> bool:
 
 def size(url: str) -> int | None:
     """Return a file's size in bytes; None if there is no such file."""
-    return _size(url) if exists(url) else None
-
-
-def _size(url: str) -> int:
+    if not exists(url):
+        return None
     if is_local(url):
         return call_disk(url, lambda: local_path(url).stat().st_size)
     return _remote(url, lambda fs, path: int(fs.size(path)))

@@ -149,6 +149,8 @@ GENRES = {
 
 
 def make_mixture(rng: np.random.Generator, number: int, seconds: float, rate: int) -> np.ndarray:
+    """Return clip `number` of an unlabelled corpus, (S,) samples at `rate` Hz: a song, speech, notes of one instrument, or now
+    and then a texture."""
     if number % _TEXTURE_EVERY == _TEXTURE_EVERY - 1:
         return _texture(rng, seconds, rate)
     if number % 3 == 0:
@@ -167,6 +169,7 @@ def make_mixture(rng: np.random.Generator, number: int, seconds: float, rate: in
 
 
 def draw_instrument(rng: np.random.Generator, name: str) -> _Instrument:
+    """Draw an instrument of a family of `FAMILIES`."""
     family = FAMILIES[name]
     number_K = np.arange(1.0, 25.0)
     ratios_K = {
@@ -204,6 +207,7 @@ def draw_instrument(rng: np.random.Generator, name: str) -> _Instrument:
 def make_note(
     rng: np.random.Generator, instrument: _Instrument, pitch: int, velocity: int, held: float, seconds: float, rate: int
 ) -> np.ndarray:
+    """Return a note, (S,) samples at `rate` Hz: MIDI pitch and velocity, held so many of its seconds."""
     f0_hz = 440 * 2 ** ((pitch - 69) / 12)
     ratios_K, gains_K = instrument.ratios_K, instrument.gains_K.copy()
     gains_K *= np.maximum(ratios_K, 1) ** (0.7 * velocity / 127 - 0.5)  # harder notes are brighter
@@ -236,6 +240,7 @@ def make_note(
 
 
 def make_song(rng: np.random.Generator, name: str, seconds: float, rate: int, sung: bool = False) -> np.ndarray:
+    """Return a stretch of a song of a genre of `GENRES`, (S,) samples at `rate` Hz; `sung`: a voice leads."""
     genre, length = GENRES[name], round(seconds * rate)
     step_seconds, swing = 15 / rng.uniform(*genre.tempo_bpm), rng.uniform(*genre.swing)
     first_step, key = int(rng.integers(16)), int(rng.integers(12))
@@ -298,6 +303,7 @@ def _drums(
 
 
 def make_speech(rng: np.random.Generator, seconds: float, rate: int) -> np.ndarray:
+    """Return a voice that babbles, (S,) samples at `rate` Hz."""
     hop, length = 256, round(seconds * rate)
     frames = math.ceil(length / hop) + 1
     time_F, time_N = np.arange(frames) * hop / rate, np.arange((frames + 1) * hop) / rate
@@ -352,6 +358,7 @@ def _texture(rng: np.random.Generator, seconds: float, rate: int) -> np.ndarray:
 
 
 def make_noise(rng: np.random.Generator, length: int, rate: int, low_hz: float, high_hz: float) -> np.ndarray:
+    """Return noise between two frequencies, (length,) samples at `rate` Hz, of RMS 1."""
     padded = math.ceil(length / 1024) * 1024  # an FFT of a prime length is slow
     hz = np.fft.rfftfreq(padded, 1 / rate).astype(np.float32)
     band = 1 / (1 + np.square(np.square(low_hz / (hz + 1)))) / (1 + np.square(np.square(hz / high_hz)))

@@ -44,8 +44,8 @@ def describe_plan(config: WatchConfig, job: CellJob) -> str:
             f"watch.run={config.run}: no pretraining run there: {run_folder.CONFIG} is missing; start it first"
         )
     steps = _committed(config)
-    if not steps and not config.follow:
-        raise ConfigError(f"watch.run={config.run}: has no checkpoint whose step is a multiple of every={config.every}")
+    if not steps and _is_over(config):
+        raise _nothing_to_watch(config)
     for url in list(steps.values())[:1]:
         _check(config, url, job)
     seeds = len(config.seeds)
@@ -82,7 +82,14 @@ def run(config: WatchConfig, job: CellJob, report: Callable[[Curve], None]) -> C
     with run_folder.lock(path):
         run_folder.write_config(path, config)
         with StopSignal() as stop, Pool[Key](job, config.gpus_each) as pool:
-            return _Watch(config, path, job, report, pool, stop).follow()
+            curve = _Watch(config, path, job, report, pool, stop).follow()
+    if not curve["points"]:
+        raise _nothing_to_watch(config)
+    return curve
+
+
+def _nothing_to_watch(config: WatchConfig) -> ConfigError:
+    return ConfigError(f"watch.run={config.run}: has no checkpoint whose step is a multiple of every={config.every}")
 
 
 @dataclass

@@ -54,7 +54,8 @@ def describe_plan(config: PretrainConfig) -> str:
     hours = config.train.steps * config.train.global_batch * config.data.clip_seconds / 3600
     return "\n".join(
         [
-            f"{len(data.train)} clips to train on, {len(data.valid)} held out, in {len(manifest.shards)} shards, "
+            f"{len(data.train)} clips to train on, {data.num_held_out} held out, of which {len(data.valid)} are validated, "
+            f"in {len(manifest.shards)} shards, "
             f"Q={data.folder.num_codebooks} ({manifest.codec.name})",
             f"{config.train.steps} updates of {config.train.global_batch} clips: "
             f"{config.train.steps / data.order.batches_per_epoch:.1f} epochs, up to {hours:.1f} hours of audio",
@@ -243,6 +244,7 @@ class _Data:
     folder: TokenFolder
     train: np.ndarray
     valid: np.ndarray
+    num_held_out: int  # of which `valid` are some
     order: Order
 
 
@@ -251,8 +253,8 @@ def _open_data(config: PretrainConfig) -> _Data:
     train, valid, sizes = split_held_out(folder, config.data.valid_share)
     streams = config.data.streams or default_streams(config.train.global_batch)
     order = Order(sizes, config.seed, streams, config.train.global_batch)
-    spread = valid[:: max(1, len(valid) // config.train.valid_clips)]
-    return _Data(folder, train, spread[: config.train.valid_clips], order)
+    spread = np.linspace(0, len(valid) - 1, min(len(valid), config.train.valid_clips)).round().astype(np.int64)
+    return _Data(folder, train, valid[spread], len(valid), order)
 
 
 def _resident_lines(config: PretrainConfig, data: _Data) -> list[str]:

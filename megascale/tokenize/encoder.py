@@ -48,12 +48,6 @@ class TiledEncoder:
             parts = [self._quantize(latent_DT, num_codebooks) for latent_DT in self._latents(audio_S)]
         return torch.cat(parts, dim=1).numpy()
 
-    @torch.inference_mode()
-    def latents(self, audio_S: np.ndarray) -> torch.Tensor:
-        """Return what the quantizer is given for a clip, (D, T)."""
-        with _one_thread():
-            return torch.cat(list(self._latents(audio_S)), dim=1)
-
     def _latents(self, audio_S: np.ndarray) -> Iterator[torch.Tensor]:
         memory: Memory = {}
         state = None

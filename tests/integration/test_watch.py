@@ -90,7 +90,7 @@ def test_what_cannot_be_watched_is_one_line(finished, tokens, tmp_path):
         finished: "has no checkpoint whose step is a multiple of every=7",
     }
     for watched, told in cases.items():
-        printed = run(watch(watched, tokens, tmp_path / "out", "every=7", "follow=false"), exit_code=2)
+        printed = run(watch(watched, tokens, tmp_path / "out", "every=7"), exit_code=2)
         assert told in printed
     printed = run(watch(finished, tokens, tmp_path / "out", "finetune.seed=3", "follow=false"), exit_code=2)
     assert "finetune.seed: is set here" in printed
