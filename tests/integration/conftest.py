@@ -27,6 +27,12 @@ def deepspeed(ranks: int, script: str, *arguments: str) -> list[str]:
     return [*launcher, "--master_port", str(free_port()), str(ROOT / "launch" / script), *arguments]
 
 
+def torchrun(ranks: int, script: Path | str, *arguments: str) -> list[str]:
+    """Return the command line of one job under torchrun, which starts sooner than the deepspeed launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, str(ROOT / "launch" / script), *arguments]
+
+
 def run(line: list[str], exit_code: int = 0, timeout: float = 240) -> str:
     """Run a command to its end, check its exit code, and return what it printed."""
     done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)

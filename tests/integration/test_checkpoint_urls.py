@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from checkpoints import FACTS, WEIGHTS, save, steps
-from conftest import ENVIRONMENT, ROOT, command, deepspeed, run
+from conftest import ENVIRONMENT, ROOT, command, deepspeed, run, torchrun
 from fault_proxy import FaultProxy
 from s3_servers import Server, keys_in_environment, keys_that_may, moto
 from test_pretrain import SMOKE, assert_equal_weights, weights
@@ -260,7 +260,7 @@ def test_every_rank_waits_for_the_last_upload(tokens, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "MEGASCALE_EXIT_CODES", str(tmp_path / "codes"))
     there = tmp_path / "elsewhere"
     line = pretrain(tokens, tmp_path / "run", f"checkpoint.upload_url={there}")[2:]
-    run(deepspeed(2, str(write_far_program(tmp_path, 0.3)), *line))
+    run(torchrun(2, write_far_program(tmp_path, 0.3), *line))
     uploaded = (there / "checkpoints" / "step-00000006" / "manifest.json").stat().st_mtime
     assert all((tmp_path / "codes" / f"rank-0000{rank}").stat().st_mtime >= uploaded for rank in range(2))
 

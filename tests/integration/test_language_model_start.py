@@ -92,6 +92,7 @@ def test_fine_tuning_without_a_checkpoint_may_begin_as_a_language_model(tokens, 
     assert_begun_as(language_model, kept(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_one_table_compares_scratch_the_language_model_and_pretraining_on_audio_from_either(tmp_path):
     names = ("genre", "instrument_family_str", "class")
     write_paced_tokens(tmp_path / "tokens", 40, labels=lambda i: dict.fromkeys(names, ("low", "high")[i % 2]))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, command, deepspeed, run
+from conftest import ROOT, command, deepspeed, run, torchrun
 from support import write_paced_tokens, write_token_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tokenize import wait_for
@@ -112,8 +112,7 @@ def test_finished_run_is_not_repeated(tokens, straight):
 
 def test_torchrun_gives_every_byte_of_the_deepspeed_launcher(tokens, straight, tmp_path):
     """Also of the random states, which nothing else of two runs that were never interrupted has in common."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    run([*torchrun, str(ROOT / "launch" / "pretrain.py"), *arguments(tokens, tmp_path / "run")])
+    run(torchrun(2, "pretrain.py", *arguments(tokens, tmp_path / "run")))
     ours, theirs = (checkpoint.step_folder(run / "checkpoints", 6) for run in (tmp_path / "run", straight))
     assert checkpoint.verify(ours).files == checkpoint.verify(theirs).files
 
@@ -152,7 +151,7 @@ def test_tokens_held_in_memory_give_the_weights_of_tokens_that_are_read(tokens, 
     resident = [*arguments(tokens, tmp_path / "run", "data.resident=cpu"), "train.micro_batch=2"]
     told = "data.resident=cpu: each rank holds 31 clips, 9.3e-06 GB of codes"
     assert told in run(command("pretrain.py", *resident, "--dry-run"))
-    assert told in run(deepspeed(2, "pretrain.py", *resident))
+    assert told in run(torchrun(2, "pretrain.py", *resident))
     assert_equal_weights(weights(tmp_path / "run", 6), weights(straight, 6))
 
 
@@ -321,8 +320,7 @@ def test_nan_on_one_rank_ends_all_with_4_before_the_update(tokens, tmp_path):
         "print(f'rank {rank()} ends with {code}')\n"
         "sys.exit(code)\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
-    printed = run([*torchrun, *arguments(tokens, tmp_path / "run")], exit_code=1)  # torchrun's own
+    printed = run(torchrun(2, program, *arguments(tokens, tmp_path / "run")), exit_code=1)  # torchrun's own
     assert "rank 0 ends with 4" in printed and "rank 1 ends with 4" in printed
     assert printed.count("TrainingDiverged: step 5: the loss or a gradient is not finite") == 1
     reports = sorted((tmp_path / "run" / "diverged").glob("*.json"))
@@ -348,7 +346,7 @@ def test_moved_run_and_moved_tokens_go_on_and_other_tokens_are_refused(tokens, s
     assert (moved / "config.yaml").read_bytes() == before
     assert f"DataError: {others}: not the tokens that {moved}/checkpoints/step-00000003 was trained on" in printed
     elsewhere = shutil.copytree(tokens, tmp_path / "tokens")
-    run(deepspeed(2, "pretrain.py", *arguments(elsewhere, moved)))
+    run(torchrun(2, "pretrain.py", *arguments(elsewhere, moved)))
     assert_equal_weights(weights(moved, 6), weights(straight, 6))
 
 
