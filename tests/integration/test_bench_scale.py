@@ -9,6 +9,7 @@ from conftest import ROOT
 from megascale.bench import measure, scale
 
 
+@pytest.mark.slow
 def test_benchmark_of_scaling_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "FOLDER", tmp_path)
     path = scale.run(1, scale.Sizes(layers=1, width=24, seconds=1.0, global_batch=4, updates=2))

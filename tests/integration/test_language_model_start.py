@@ -50,6 +50,7 @@ def test_pretraining_begins_as_the_language_model_and_says_so(tokens, language_m
     assert facts["init_from"] == f"hf:{language_model}" and "init_from" not in facts["model"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_need_the_language_model(tokens, language_model, tmp_path):
     line = pretrain(tokens, tmp_path / "run", f"hf:{language_model}")
     run(line)

@@ -110,6 +110,7 @@ def test_finished_run_is_not_repeated(tokens, straight):
     assert (straight / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_torchrun_gives_every_byte_of_the_deepspeed_launcher(tokens, straight, tmp_path):
     """Also of the random states, which nothing else of two runs that were never interrupted has in common."""
     run(torchrun(2, "pretrain.py", *arguments(tokens, tmp_path / "run")))

@@ -156,6 +156,7 @@ def test_bad_input_fails_the_job_with_its_one_line(cluster, local, tmp_path):
     assert "failed with exit code 2" in cluster.ray("job", "status", "bad")
 
 
+@pytest.mark.slow
 def test_submitted_table_spreads_its_cells_over_the_nodes_and_is_made_once(cluster, tmp_path):
     line = ["configs/table1/smoke.yaml", *write_inputs(tmp_path)]
     lost = cluster.submit("lost", *line, "output.url=runs/table1", script="table1.py", exit_code=1)

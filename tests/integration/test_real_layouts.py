@@ -123,6 +123,7 @@ def test_nsynth_by_family_and_by_pitch_on_its_official_splits(gtzan, tmp_path):
     assert pitch["classes"] == ["40", "60"] and pitch["count"] == 4
 
 
+@pytest.mark.slow
 def test_audioset_by_its_tags(gtzan, tmp_path):
     source = ["source.kind=audioset", f"source.audio_url={tmp_path}/audio", same_codec(gtzan / "tokens")]
     for name, first in (("balanced_train", 0), ("eval", 24)):

@@ -56,6 +56,7 @@ def proxy(server) -> Iterator[FaultProxy]:
         yield started
 
 
+@pytest.mark.slow
 def test_job_on_a_store_with_faults_gives_the_undisturbed_shards(server, weights, undisturbed, proxy):
     proxy.share = 0.1
     store = f"storage.endpoint_url={proxy.url}"

@@ -144,6 +144,7 @@ def test_folder_of_another_job_is_refused_and_left_alone(audio, tokens):
     assert state(tokens) == before
 
 
+@pytest.mark.slow
 def test_job_killed_at_any_moment_goes_on_to_the_same_bytes(audio, tokens, tmp_path, start):
     """One worker instead of two; the driver and then a worker are killed with SIGKILL on the way."""
     line = tokenize(audio, tmp_path / "out", "workers.count=1", "shards.clips=8", same_codec(tokens))

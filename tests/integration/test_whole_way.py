@@ -80,6 +80,7 @@ def test_finished_quickstart_does_nothing_again(made):
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_own_folder_is_classified_by_its_sub_folders_and_lies_beside_what_was_made_before(made, tmp_path):
     mine = tmp_path / "my sounds: #1 [é]"
     write_tones(mine, 30, seconds=1.0)

@@ -13,7 +13,7 @@ from megascale.tokenize.encoder import BatchedEncoder, TiledEncoder, _one_thread
 
 # a tile has 20,480 samples, a segment 245,760; up to 20,480 with its padding of 6, a clip's first layer has another kernel
 LENGTHS = [1, 6, 7, 8, 319, 320, 321, 5_000, 20_474, 20_475, 20_480, 40_959, 40_960, 40_961, 61_447]
-LENGTHS += [245_761, 491_519, 491_520, 700_001]
+LENGTHS += [245_761, 491_520, *(pytest.param(samples, marks=pytest.mark.slow) for samples in (491_519, 700_001))]
 
 
 def sound(samples: int) -> np.ndarray:
