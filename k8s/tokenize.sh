@@ -5,7 +5,7 @@ ended=0
 tokenize() {
     python launch/tokenize_audio.py "$TOKENIZE_CONFIG" "$@" workers.count="$TOKENIZE_WORKERS"
     code=$?
-    if [ $code -eq 3 ]; then # finished, with more clips quarantined than is allowed: the next corpus may be better
+    if [ $code -eq 3 ]; then # finished, with more clips quarantined than is allowed: seen in the end, after the others
         ended=3
     elif [ $code -ne 0 ]; then
         exit $code

@@ -204,11 +204,12 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 def _tell(failure: MegascaleError) -> None:
     """Print the error as one line: from rank 0, and from a rank that may be the only one to have met it.
 
-    Before the ranks have joined, what one of a machine meets (no tokens there, say) the others of that machine meet, too.
+    Before the ranks have joined, what one of a machine meets (no tokens there, say) the others of that machine meet, too,
+    unless it is about a GPU.
     """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    if rank() == 0 or (not failure.on_every_rank and (joined or local_rank() == 0)):
+    if rank() == 0 or failure.of_own_device or (not failure.on_every_rank and (joined or local_rank() == 0)):
         where = f"[rank {rank()}] " if rank() else ""
         print(f"{where}{type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
 

@@ -6,12 +6,17 @@ class MegascaleError(Exception):
 
     exit_code = 2
     on_every_rank = False  # whether rank 0 meets it as well, so that one line is enough
+    of_own_device = False  # whether it is about this rank's GPU, so that no other may meet it
 
 
 class ConfigError(MegascaleError):
     """An unknown key, a bad value, or settings that contradict each other."""
 
     on_every_rank = True
+
+
+class FolderInUse(ConfigError):
+    """Another process is at work in a run's folder; it may end."""
 
 
 class StorageError(MegascaleError):

@@ -11,7 +11,7 @@ import yaml
 
 from megascale import storage
 from megascale.config import Section, dump_config
-from megascale.errors import ConfigError, DataError, StorageError
+from megascale.errors import ConfigError, DataError, FolderInUse, StorageError
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -100,7 +100,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process, until the block or the process ends.
 
     Raises:
-        ConfigError: another process holds it.
+        FolderInUse: another process holds it.
         StorageError: the folder cannot be written to, or its disk has no locks.
     """
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,7 @@ def lock(folder: Path) -> Iterator[None]:
             file = stack.enter_context((folder / ".lock").open("a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is at work in this folder; wait for it, or stop it") from None
+            raise FolderInUse(f"{folder}: another process is at work in this folder; wait for it, or stop it") from None
         except OSError as failure:
             raise StorageError(f"{folder}/.lock: cannot be written, or locked: {failure.strerror}") from None
         yield

@@ -93,7 +93,7 @@ def check_room(num_bytes: int, where: Where, training_bytes: int) -> None:
             f"{key}: the training clips take {num_bytes / 1e9:.2f} GB {each}, training about {training_bytes / 1e9:.2f} GB, "
             f"and {free / 1e9:.2f} GB are free; leave it out, or read a lower data.bitrate_kbps"
         )
-        failure.on_every_rank = False
+        failure.on_every_rank, failure.of_own_device = False, where == "gpu"
         raise failure
 
 

@@ -84,10 +84,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         raise DataError(f"{path}/result.json: broken; delete it to run again")
     if finished is not None:
         say(f"{path}: already done: {finished['steps']} steps, best checkpoint {finished['checkpoint']}")
-        if rank() == 0 and config.checkpoint.upload_url is not None:
-            run_folder.write_config_at(config.checkpoint.upload_url, config)
-            with run_folder.lock(path):
-                upload_missing(path / CHECKPOINTS, config.checkpoint)
+        if config.checkpoint.upload_url is not None:
+            init_distributed()
+            on_first_rank(lambda: _upload_rest(config, path))
         return finished
     data, model = _open_data(config), _build_model(config)
     plan = make_plan(config, model, world_size())
@@ -97,6 +96,13 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     locked = run_folder.lock(path) if rank() == 0 else nullcontext()
     with locked, uploading(path / CHECKPOINTS, config.checkpoint, rank()) as uploads:
         return _train(config, path, data, model, uploads)
+
+
+def _upload_rest(config: PretrainConfig, path: Path) -> None:
+    if config.checkpoint.upload_url is not None:
+        run_folder.write_config_at(config.checkpoint.upload_url, config)
+        with run_folder.lock(path):
+            upload_missing(path / CHECKPOINTS, config.checkpoint)
 
 
 def _check_folders(config: PretrainConfig) -> Path:

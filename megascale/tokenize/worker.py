@@ -152,8 +152,13 @@ def _read_clip(
 
 
 def _check_store(clip: Clip) -> None:
-    """Raise StoreUnavailable unless the store of a clip, which it does not give, answers at all."""
-    storage.exists(clip.url.rpartition("/")[0])
+    """Raise StoreUnavailable unless the store of a clip, which it does not give, answers at all; a refusal is an answer."""
+    try:
+        storage.exists(f"{clip.url.rpartition('/')[0]}/.nothing")
+    except (CredentialsError, StoreUnavailable):
+        raise
+    except StorageError:
+        pass
 
 
 class CodecFitter:

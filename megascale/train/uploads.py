@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megascale import storage
-from megascale.errors import MegascaleError, Stopped, StorageError, StoreUnavailable
+from megascale.errors import CredentialsError, MegascaleError, Stopped, StorageError, StoreUnavailable
 from megascale.log import duration, say
 from megascale.stopping import StopSignal, stop_asked
 from megascale.train import checkpoint
 from megascale.train.checkpoint import CheckpointConfig
-from megascale.train.engine import barrier
+from megascale.train.engine import any_rank, barrier
 from megascale.train.manifest import CHECKPOINTS, MANIFEST, list_checkpoints, losses_of, prune, read_manifest, retained
 
 _GRACE_SECONDS = 60.0  # a preempted machine has little more, and the next start uploads what is missing
@@ -55,6 +55,8 @@ def sync(checkpoints: Path, url: str, keep_last: int, keep_every: int | None) ->
             say(f"{storage.join(target, folder.name)}: uploaded in {duration(time.monotonic() - started)}")
     try:
         prune(target, keep_last, keep_every)
+    except (CredentialsError, StoreUnavailable):
+        raise
     except StorageError as failure:
         say(f"what is no longer kept stays there: {failure}")
 
@@ -163,6 +165,7 @@ def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterato
 
     Raises:
         StorageError: the last upload failed.
+        Stopped: SIGTERM came while it was waited for.
     """
     if config.upload_url is None:
         yield None
@@ -179,11 +182,13 @@ def uploading(checkpoints: Path, config: CheckpointConfig, rank: int) -> Iterato
                     uploads.join_at_stop()
                 barrier()
         raise
-    try:
-        if uploads is not None:
-            uploads.finish()
-    finally:
-        barrier()
+    with StopSignal() as stop:
+        while any_rank(uploads is not None and uploads.busy):
+            if any_rank(stop.asked):
+                raise Stopped("stopped before the last checkpoint was uploaded; run the same command to go on")
+            time.sleep(_POLL_SECONDS)
+    if uploads is not None:
+        uploads.finish()
 
 
 def upload_missing(checkpoints: Path, config: CheckpointConfig) -> None:

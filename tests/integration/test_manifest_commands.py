@@ -166,6 +166,7 @@ def test_pod_of_ranks_ends_with_2_by_which_the_job_is_not_begun_again(tokens, tm
         (("75 Stopped", ""), 1, 1),
         (("75 Stopped", "4 TrainingDiverged"), 1, 4),
         (("2 StoreUnavailable", "75 Stopped"), 1, 1),
+        (("2 FolderInUse", ""), 1, 1),
         (("2 StoreUnavailable", "2 DataError"), 1, 2),
         (("", ""), 143, 143),
     ],

@@ -143,7 +143,7 @@ def test_a_pod_may_take_longer_to_stop_than_its_ranks_to_save(objects):
 
 
 def test_mistakes_end_a_pretraining_and_lost_nodes_cost_none_of_its_restarts(objects):
-    """What the job controller writes of a pod that failed, and what JobSet makes of it, as their documentation says."""
+    """As we read Kubernetes' pod_failure_policy.go, which words the message, and JobSet's rules, of which the first counts."""
     for made in of_kind(objects, "JobSet", "TrainingRuntime"):
         policy = made["spec"].get("template", made)["spec"]["failurePolicy"]
         (job,) = jobs_of(made)

@@ -195,7 +195,7 @@ def test_clip_is_left_out_only_if_its_store_answers(proxy, undisturbed, tmp_path
         found = copy_context().run(read)
         assert isinstance(found, Quarantined) and found.reason.startswith(url) and found.attempts == 1
     else:
-        with pytest.raises(StoreUnavailable, match=r"^s3://bucket/audio/low: "):
+        with pytest.raises(StoreUnavailable, match=r"^s3://bucket/audio/low/.nothing: "):
             copy_context().run(read)
 
 

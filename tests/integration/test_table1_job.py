@@ -117,7 +117,7 @@ def test_what_ends_one_cell_ends_the_table_with_one_line(inputs, tmp_path):
     cell = tmp_path / "out" / "cells" / "nsynth-12kbps-ft-seed0-lr0.001"
     with run_folder.lock(cell):
         printed = run(table1(tmp_path / "out", inputs), exit_code=2)
-    told = f"ConfigError: {cell}: another process is at work in this folder; wait for it, or stop it"
+    told = f"FolderInUse: {cell}: another process is at work in this folder; wait for it, or stop it"
     assert f"\n{told}\n" in f"\n{printed}"
     assert "Traceback" not in printed
     assert not (tmp_path / "out" / "table1.json").exists()

@@ -114,6 +114,11 @@ def test_what_every_rank_sees_is_told_by_rank_0_alone(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     assert main(failing(DataError("gone"))) == 2
+    assert capsys.readouterr().err == ""
+    full = ConfigError("no room on this GPU")
+    full.of_own_device = True
+    assert main(failing(full)) == 2
+    assert capsys.readouterr().err == "[rank 1] ConfigError: no room on this GPU\n"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert main(failing(ConfigError("wrong"))) == 2
     assert main(failing(Stopped("saved"))) == 75

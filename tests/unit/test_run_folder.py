@@ -8,7 +8,7 @@ from pydantic import Field
 
 from megascale import run_folder
 from megascale.config import Section
-from megascale.errors import ConfigError, DataError, MegascaleError, StorageError
+from megascale.errors import ConfigError, DataError, FolderInUse, MegascaleError, StorageError
 
 MAY_CHANGE = ("log.", "train.micro_batch")
 
@@ -121,7 +121,7 @@ def test_folder_that_cannot_be_locked_is_named(tmp_path):
 
 
 def test_folder_is_held_by_one_process_until_its_block_ends(tmp_path):
-    again = pytest.raises(ConfigError, match="another process is at work")
+    again = pytest.raises(FolderInUse, match="another process is at work")
     with run_folder.lock(tmp_path / "run"), again, run_folder.lock(tmp_path / "run"):
         pass
     with run_folder.lock(tmp_path / "run"):
