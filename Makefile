@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED) ## audio to a table of classifiers on a small corpus; DATA=folder takes your own audio
 	$(PY) launch/quickstart.py configs/quickstart/small.yaml 'output.url="$(OUT)"' $(if $(DATA),'data="$(DATA)"') $(ARGS)
 
-test: $(INSTALLED) ## every test but the slow ones (20 to 25 minutes on two cores)
+test: $(INSTALLED) ## every test but the slow ones (about 25 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED) ## every test
